@@ -1,0 +1,321 @@
+//! The message broker behind one face, with two backends: RabbitMQ and an in-memory one.
+//!
+//! The face speaks our own words; `lapin` is written only below this module.
+
+pub mod memory;
+pub mod rabbitmq;
+pub mod topology;
+
+use std::{fmt, sync::Arc};
+
+use async_trait::async_trait;
+use tokio::sync::{mpsc, watch};
+
+pub use topology::{Names, Topology};
+
+use crate::protocol::wire::Message;
+
+/// A connection to a broker: publishes with confirms, consumes with reconnects.
+#[async_trait]
+pub trait Broker: Send + Sync + 'static {
+    /// Publishes a message and waits until the broker has taken responsibility for it.
+    ///
+    /// # Errors
+    /// See [`PublishError`]; in doubt (the connection broke) the message may have arrived.
+    async fn publish(&self, outgoing: Outgoing) -> Result<(), PublishError>;
+
+    /// Starts a consumer that survives lost connections, closed channels and cancels by the server.
+    ///
+    /// # Errors
+    /// When the first attempt fails for a reason that waiting will not mend (access refused, no such queue).
+    async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError>;
+
+    /// Opens a queue for reading without consuming it.
+    ///
+    /// # Errors
+    /// When the queue cannot be opened.
+    async fn browse(&self, queue: &str) -> Result<Box<dyn Browse>, BrokerError>;
+
+    /// Declares everything in `topology`; what exists and is equal stays as it is.
+    ///
+    /// # Errors
+    /// When something exists with other arguments, or permission is missing.
+    async fn declare(&self, topology: &Topology) -> Result<(), BrokerError>;
+
+    /// Asks for each exchange and queue of `topology` whether it exists, changing nothing; returns what is missing.
+    ///
+    /// # Errors
+    /// When the broker cannot be asked.
+    async fn missing(&self, topology: &Topology) -> Result<Vec<String>, BrokerError>;
+
+    /// Messages ready in a queue and its consumers, or nothing where there is no such queue.
+    ///
+    /// # Errors
+    /// When the broker cannot be asked.
+    async fn depth(&self, queue: &str) -> Result<Option<Depth>, BrokerError>;
+
+    /// How the publishing side is.
+    fn health(&self) -> watch::Receiver<Health>;
+
+    /// Closes all connections.
+    async fn close(&self);
+}
+
+/// A message with its route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outgoing {
+    /// The exchange; empty for the default one.
+    pub exchange: String,
+    /// The routing key.
+    pub routing_key: String,
+    /// The message.
+    pub message: Message,
+    /// Whether a message that no queue takes is an error.
+    pub mandatory: bool,
+}
+
+/// What to consume, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Consume {
+    /// The queue.
+    pub queue: String,
+    /// Beginning of the consumer's tag; each session of the consumer appends a number of its own.
+    pub tag: String,
+    /// Unsettled deliveries at a time.
+    pub prefetch: u16,
+    /// What to declare again in each session before consuming: a queue that was deleted comes back.
+    pub declare: Topology,
+}
+
+/// Messages ready and consumers of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depth {
+    /// Messages ready.
+    pub messages: u32,
+    /// Consumers.
+    pub consumers: u32,
+}
+
+/// How one side of the connection is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Health {
+    /// Not connected yet, or reconnecting.
+    #[default]
+    Down,
+    /// Working.
+    Up,
+    /// Connected, but the broker stopped reading (memory or disk alarm).
+    Blocked,
+}
+
+/// Why a message was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// No queue took a mandatory message.
+    #[error("no queue takes messages for {routing_key:?} on exchange {exchange:?}")]
+    Unroutable {
+        /// The exchange.
+        exchange: String,
+        /// The routing key.
+        routing_key: String,
+    },
+    /// A queue refused it: it is full.
+    #[error("a queue behind exchange {exchange:?} is full and refuses messages")]
+    Refused {
+        /// The exchange.
+        exchange: String,
+    },
+    /// The exchange does not exist, or we may not write to it.
+    #[error("cannot publish to exchange {exchange:?}: {reason}")]
+    Forbidden {
+        /// The exchange.
+        exchange: String,
+        /// The broker's words.
+        reason: String,
+    },
+    /// The connection broke, or no answer came in time; the message may have arrived.
+    #[error("the broker did not confirm: {reason}")]
+    Unconfirmed {
+        /// What happened.
+        reason: String,
+    },
+}
+
+/// Why the broker could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokerError {
+    /// No address could be reached.
+    #[error("cannot reach the broker at {address}: {reason}")]
+    Unreachable {
+        /// The address, without the password.
+        address: String,
+        /// What happened.
+        reason: String,
+    },
+    /// The broker refused what we asked.
+    #[error("the broker refused {what}: {reason}")]
+    Refused {
+        /// What we asked for.
+        what: String,
+        /// The broker's words.
+        reason: String,
+    },
+    /// The settings cannot be used.
+    #[error("{0}")]
+    Settings(String),
+}
+
+/// How a delivery ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settlement {
+    /// Done with: the broker forgets it.
+    Ack,
+    /// Given back: the broker delivers it again.
+    Requeue,
+    /// Refused: the broker dead-letters it. Only for foreign messages in queues of others; tasks are never rejected.
+    Reject,
+}
+
+/// Why a delivery could not be settled; the broker will deliver it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the delivery's channel is gone; the broker delivers it again")]
+pub struct StaleDelivery;
+
+/// The backend's half of a delivery.
+#[async_trait]
+pub trait Settle: Send + Sync {
+    /// Settles the delivery; fails if its channel is gone.
+    async fn settle(&self, settlement: Settlement) -> Result<(), StaleDelivery>;
+}
+
+/// One arrival of a message; settled exactly once, by value.
+#[must_use = "a delivery that is not settled blocks the window until its channel closes"]
+pub struct Delivery {
+    /// The message.
+    pub message: Message,
+    /// The exchange it was published to; empty after a move through the default exchange.
+    pub exchange: String,
+    /// The routing key it was published with.
+    pub routing_key: String,
+    /// Whether the broker delivered it before.
+    pub redelivered: bool,
+    settle: Option<Arc<dyn Settle>>,
+}
+
+impl Delivery {
+    /// Wraps a message that arrived.
+    pub fn new(
+        message: Message,
+        exchange: String,
+        routing_key: String,
+        redelivered: bool,
+        settle: Arc<dyn Settle>,
+    ) -> Self {
+        Self { message, exchange, routing_key, redelivered, settle: Some(settle) }
+    }
+
+    /// Done with it.
+    ///
+    /// # Errors
+    /// When its channel is gone: it comes again.
+    pub async fn ack(self) -> Result<(), StaleDelivery> {
+        self.settle(Settlement::Ack).await
+    }
+
+    /// Gives it back.
+    ///
+    /// # Errors
+    /// When its channel is gone: it comes again anyway.
+    pub async fn requeue(self) -> Result<(), StaleDelivery> {
+        self.settle(Settlement::Requeue).await
+    }
+
+    /// Settles it.
+    ///
+    /// # Errors
+    /// When its channel is gone.
+    pub async fn settle(mut self, settlement: Settlement) -> Result<(), StaleDelivery> {
+        match self.settle.take() {
+            Some(settle) => settle.settle(settlement).await,
+            None => Err(StaleDelivery),
+        }
+    }
+
+    /// Leaves it to its channel: when that closes the broker delivers it again.
+    pub fn abandon(mut self) {
+        self.settle = None;
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        if self.settle.is_some() {
+            tracing::warn!(message.id = self.message.message_id, "a delivery was dropped unsettled");
+        }
+    }
+}
+
+impl fmt::Debug for Delivery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Delivery")
+            .field("message_id", &self.message.message_id)
+            .field("exchange", &self.exchange)
+            .field("routing_key", &self.routing_key)
+            .field("redelivered", &self.redelivered)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A running consumer: the receiving end of a session loop that the backend keeps alive.
+///
+/// Dropping it ends the session: what is unsettled is delivered again, to whoever consumes next.
+pub struct Consumer {
+    deliveries: mpsc::Receiver<Delivery>,
+    stop: watch::Sender<bool>,
+    health: watch::Receiver<Health>,
+}
+
+impl Consumer {
+    /// Ties the ends together; for backends.
+    #[must_use]
+    pub fn new(
+        deliveries: mpsc::Receiver<Delivery>,
+        stop: watch::Sender<bool>,
+        health: watch::Receiver<Health>,
+    ) -> Self {
+        Self { deliveries, stop, health }
+    }
+
+    /// The next delivery; `None` once [`Consumer::stop`] took effect.
+    pub async fn next(&mut self) -> Option<Delivery> {
+        self.deliveries.recv().await
+    }
+
+    /// Takes no more: the consumer is cancelled, what was not handed out yet is given back; deliveries in hand can
+    /// still be settled.
+    pub fn stop(&self) {
+        self.stop.send_replace(true);
+    }
+
+    /// How the consuming side is.
+    #[must_use]
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.clone()
+    }
+}
+
+/// A reader of a queue that gives back what it does not take.
+#[async_trait]
+pub trait Browse: Send {
+    /// The next message, in the order of the queue; `None` at its end.
+    ///
+    /// # Errors
+    /// When the channel broke.
+    async fn next(&mut self) -> Result<Option<Delivery>, BrokerError>;
+
+    /// Gives back, in one step and in their old order, all that was read and not settled.
+    ///
+    /// # Errors
+    /// When the channel broke: the broker gives them back itself.
+    async fn give_back(self: Box<Self>) -> Result<(), BrokerError>;
+}

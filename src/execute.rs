@@ -1,0 +1,74 @@
+//! Doing the work: one file per kind of task.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::{
+    failure::Failure,
+    git::Run,
+    protocol::{Place, ProjectId, Round, Task, TaskResult},
+};
+
+/// One execution of a task.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// The task.
+    pub task: Task,
+    /// Its round.
+    pub round: Round,
+    /// The attempt, from 1.
+    pub attempt: u32,
+    /// Its place in the order of its project; a success advances the project's mark to it.
+    pub place: Place,
+}
+
+/// What is known of a project, from what outlives the journal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProjectState {
+    /// How many tasks were applied to it.
+    pub seq: u64,
+    /// The place of the newest of them.
+    pub mark: Option<Place>,
+    /// Whether a usable project is there.
+    pub active: bool,
+    /// Whether it was deleted by a task (`seq` and `mark` are those of its tombstone).
+    pub deleted: bool,
+}
+
+/// The bounds that an executor puts on one attempt of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// How long it may take.
+    pub timeout: Duration,
+    /// How long nothing may move.
+    pub stall: Duration,
+}
+
+/// What executes tasks. The real one is [`Git`](crate::git); benchmarks and pipeline tests bring their own.
+#[async_trait]
+pub trait Execute: Send + Sync + 'static {
+    /// What is known of a project.
+    async fn project(&self, project: ProjectId) -> ProjectState;
+
+    /// Refuses by name what this agent does not support or allow, before anything is done.
+    ///
+    /// # Errors
+    /// `invalid` or `forbidden`: the task is `rejected`.
+    fn admit(&self, task: &Task) -> Result<(), Failure>;
+
+    /// The bounds of one attempt of `task`: its own wishes within the operator's maximum.
+    fn limits(&self, task: &Task) -> Limits;
+
+    /// Executes a task once. Idempotent: running it again after any interruption ends in the same state.
+    ///
+    /// # Errors
+    /// A failure that carries its decision.
+    async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure>;
+
+    /// Clears a project's mark (a master restored from backup).
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    async fn forget(&self, project: ProjectId) -> Result<(), Failure>;
+}

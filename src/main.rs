@@ -1,0 +1,3 @@
+//! The `haul` binary.
+
+fn main() {}
