@@ -4,6 +4,7 @@
 
 pub mod memory;
 pub mod rabbitmq;
+pub mod settings;
 pub mod topology;
 
 use std::{fmt, sync::Arc};

@@ -8,3 +8,4 @@ pub mod execute;
 pub mod failure;
 pub mod git;
 pub mod protocol;
+pub mod retry;

@@ -1,0 +1,81 @@
+//! The `[git]` section.
+
+use std::{path::PathBuf, time::Duration};
+
+use bytesize::ByteSize;
+use serde::Deserialize;
+
+/// `[git]`: what is allowed, within which bounds, and how it is done.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GitSettings {
+    /// Deadline of one attempt, unless the task asks for another.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// The longest deadline that a task may ask for.
+    #[serde(with = "humantime_serde")]
+    pub max_timeout: Duration,
+    /// How long nothing may move, unless the task asks for another limit (at most `max_timeout`).
+    #[serde(with = "humantime_serde")]
+    pub stall: Duration,
+    /// How long a child that was asked to end may take before it is killed.
+    #[serde(with = "humantime_serde")]
+    pub kill_grace: Duration,
+    /// Whether `http://` upstreams are allowed.
+    pub allow_http: bool,
+    /// Whether `file://` upstreams are allowed; for tests and the demo.
+    pub allow_file: bool,
+    /// Whether loopback addresses are allowed; for tests and the demo.
+    pub allow_loopback: bool,
+    /// Whether private address ranges are allowed.
+    pub allow_private: bool,
+    /// Patterns of allowed hosts (`git.example`, `*.git.example`); empty for all.
+    pub hosts: Vec<String>,
+    /// Directory of credentials, one file each.
+    pub credentials_path: Option<PathBuf>,
+    /// PEM file with the certificate authorities to trust for https, instead of the system's.
+    pub ca_file: Option<PathBuf>,
+    /// File of known hosts for ssh.
+    pub known_hosts: Option<PathBuf>,
+    /// The most files that a project may have.
+    pub max_files: u64,
+    /// The most bytes that a project's files may have.
+    pub max_bytes: ByteSize,
+}
+
+impl Default for GitSettings {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(10 * 60),
+            max_timeout: Duration::from_secs(25 * 60),
+            stall: Duration::from_secs(60),
+            kill_grace: Duration::from_secs(2),
+            allow_http: false,
+            allow_file: false,
+            allow_loopback: false,
+            allow_private: true,
+            hosts: Vec::new(),
+            credentials_path: None,
+            ca_file: None,
+            known_hosts: None,
+            max_files: 1_000_000,
+            max_bytes: ByteSize::gib(20),
+        }
+    }
+}
+
+impl GitSettings {
+    /// What is wrong with the section, in a sentence.
+    ///
+    /// # Errors
+    /// The sentence.
+    pub fn check(&self) -> Result<(), String> {
+        if self.timeout > self.max_timeout {
+            return Err("git.timeout is longer than git.max_timeout".to_owned());
+        }
+        if self.timeout.is_zero() || self.stall.is_zero() {
+            return Err("git.timeout and git.stall must be longer than nothing".to_owned());
+        }
+        Ok(())
+    }
+}
