@@ -33,8 +33,8 @@ impl Default for RetrySettings {
         Self {
             max_attempts: 5,
             base: Duration::from_secs(1),
-            cap: Duration::from_secs(15 * 60),
-            defer_max: Duration::from_secs(24 * 60 * 60),
+            cap: Duration::from_mins(15),
+            defer_max: Duration::from_hours(24),
         }
     }
 }
@@ -62,7 +62,7 @@ impl RetrySettings {
         if self.base.is_zero() || self.base > self.cap {
             return Err("retry.base must be longer than nothing and at most retry.cap".to_owned());
         }
-        if self.cap > Duration::from_secs(24 * 60 * 60) {
+        if self.cap > Duration::from_hours(24) {
             return Err("retry.cap must be at most 24h".to_owned());
         }
         Ok(())
@@ -136,7 +136,7 @@ mod tests {
 
     use super::*;
 
-    const DELAYS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(60)];
+    const DELAYS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_mins(1)];
 
     fn failure(class: ErrorClass) -> Failure {
         Failure::new(class, "x")

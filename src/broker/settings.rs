@@ -41,7 +41,7 @@ impl Default for BrokerSettings {
             cert_file: None,
             key_file: None,
             management_url: None,
-            consumer_timeout: Duration::from_secs(30 * 60),
+            consumer_timeout: Duration::from_mins(30),
         }
     }
 }
@@ -62,7 +62,7 @@ impl BrokerSettings {
                 return Err("broker.urls has an address that does not begin with amqp:// or amqps://".to_owned());
             }
         }
-        if !(Duration::from_secs(1)..=Duration::from_secs(600)).contains(&self.heartbeat) {
+        if !(Duration::from_secs(1)..=Duration::from_mins(10)).contains(&self.heartbeat) {
             return Err("broker.heartbeat must be between 1s and 10m".to_owned());
         }
         if self.cert_file.is_some() != self.key_file.is_some() {

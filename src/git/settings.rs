@@ -46,9 +46,9 @@ pub struct GitSettings {
 impl Default for GitSettings {
     fn default() -> Self {
         Self {
-            timeout: Duration::from_secs(10 * 60),
-            max_timeout: Duration::from_secs(25 * 60),
-            stall: Duration::from_secs(60),
+            timeout: Duration::from_mins(10),
+            max_timeout: Duration::from_mins(25),
+            stall: Duration::from_mins(1),
             kill_grace: Duration::from_secs(2),
             allow_http: false,
             allow_file: false,
