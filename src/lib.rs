@@ -7,5 +7,7 @@ pub mod broker;
 pub mod execute;
 pub mod failure;
 pub mod git;
+pub mod journal;
 pub mod protocol;
 pub mod retry;
+pub mod store;

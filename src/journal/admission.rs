@@ -1,0 +1,383 @@
+//! What a delivery is to us: step 3 of a message's path.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::{CRASH_BUDGET, Entry, Page, Phase, WaitingClone};
+use crate::protocol::{Kind, Place, ProjectId, Round};
+
+/// A clone whose copy is overdue by this much is taken for lost: nobody waits for it any longer.
+const OVERDUE: Duration = Duration::from_hours(1);
+
+/// A delivered task, as the journal sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sighting {
+    /// Its round.
+    pub round: Round,
+    /// SHA-256 of the body, hexadecimal.
+    pub digest: String,
+    /// Kind of task.
+    pub kind: Kind,
+    /// Its project.
+    pub project: ProjectId,
+    /// The master's own order.
+    pub generation: Option<u64>,
+    /// When it first arrived, if a copy says so; never in the future.
+    pub arrived: Option<i64>,
+    /// A unique order of arrival for it, if it is new.
+    pub next_arrival: i64,
+    /// The attempt it asks for.
+    pub attempt: u32,
+    /// It is not due before this moment.
+    pub not_before: Option<Timestamp>,
+    /// Not to be started after this moment.
+    pub not_after: Option<Timestamp>,
+    /// The newest task that was applied to the project.
+    pub mark: Option<Place>,
+    /// This start of the agent.
+    pub boot: String,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// The right to go on with a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    /// Its place in the order of its project.
+    pub place: Place,
+    /// The attempt to charge when it runs: the higher of header and journal.
+    pub attempt: u32,
+}
+
+/// What a delivery is to us.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Admission {
+    /// To be done.
+    Fresh(Ticket),
+    /// To be done, but not yet: the copy came early.
+    Early(Ticket, Duration),
+    /// To be done after a clone of its project that waits for a retry.
+    Behind(Ticket),
+    /// Settled before; the terminal event answers it.
+    Settled(Box<Entry>),
+    /// A newer copy is under way.
+    Released,
+    /// Cancelled before it could run.
+    Cancelled(Ticket),
+    /// Something newer was applied to the project.
+    Superseded(Ticket, String),
+    /// Its `not_after` has passed.
+    Expired(Ticket),
+    /// It was running at too many crashes of the agent.
+    Crashed(Ticket),
+    /// The same key came with another body before.
+    Mismatch,
+}
+
+impl Page {
+    /// Decides what a delivery is, and notes it. Lower rounds that are still open are returned, to be closed.
+    pub fn admit(&mut self, sighting: &Sighting, clones: &[WaitingClone]) -> (Admission, Vec<Entry>) {
+        if let Some(known) = self.round(sighting.round) {
+            if known.digest != sighting.digest {
+                return (Admission::Mismatch, Vec::new());
+            }
+            if !known.is_open() {
+                return (Admission::Settled(Box::new(known.clone())), Vec::new());
+            }
+        }
+        let overtaken = self.highest().is_some_and(|highest| highest > sighting.round);
+        let cancelled = sighting.round == 0 && std::mem::take(&mut self.cancel_pending);
+        let entry = self.sighted(sighting);
+        let ticket = Ticket { place: entry.place, attempt: sighting.attempt.max(entry.attempt).max(1) };
+        entry.cancelled |= cancelled;
+        let admission = if entry.cancelled {
+            Admission::Cancelled(ticket)
+        } else if overtaken {
+            Admission::Superseded(ticket, "a replay of it came first".to_owned())
+        } else {
+            entry.judge(ticket, sighting, clones)
+        };
+        let closed = self.entries.iter().filter(|entry| entry.round < sighting.round && entry.is_open());
+        (admission, closed.cloned().collect())
+    }
+
+    /// The entry of a sighted task, made if it is new.
+    fn sighted(&mut self, sighting: &Sighting) -> &mut Entry {
+        if self.round(sighting.round).is_none() {
+            self.insert(Entry {
+                round: sighting.round,
+                digest: sighting.digest.clone(),
+                kind: sighting.kind,
+                project: sighting.project,
+                place: Place {
+                    generation: sighting.generation,
+                    arrived: sighting.arrived.unwrap_or(sighting.next_arrival),
+                },
+                phase: Phase::Waiting,
+                attempt: 0,
+                released: 0,
+                crashes: 0,
+                cancelled: false,
+                event: None,
+                owes_event: false,
+                owes_dead_letter: None,
+                seen: sighting.now,
+            });
+        }
+        let entry = self.round_mut(sighting.round).expect("the entry was inserted above");
+        entry.seen = sighting.now;
+        entry
+    }
+}
+
+impl Entry {
+    /// What an open, wanted task's delivery is.
+    fn judge(&mut self, ticket: Ticket, sighting: &Sighting, clones: &[WaitingClone]) -> Admission {
+        if sighting.attempt < self.released {
+            return Admission::Released;
+        }
+        if matches!(&self.phase, Phase::Running { boot } if *boot != sighting.boot) {
+            self.crashes += 1;
+        }
+        self.phase = Phase::Waiting;
+        if self.crashes >= CRASH_BUDGET {
+            return Admission::Crashed(ticket);
+        }
+        if let Some(reason) = stale(ticket.place, sighting) {
+            return Admission::Superseded(ticket, reason);
+        }
+        if sighting.not_after.is_some_and(|limit| sighting.now > limit) {
+            return Admission::Expired(ticket);
+        }
+        if let Some(wait) =
+            sighting.not_before.and_then(|due| Duration::try_from(due.duration_since(sighting.now)).ok())
+            && !wait.is_zero()
+        {
+            return Admission::Early(ticket, wait);
+        }
+        let waits_for = |clone: &&WaitingClone| {
+            let overdue = SignedDuration::try_from(OVERDUE).unwrap_or(SignedDuration::ZERO);
+            clone.place.is_older_than(ticket.place)
+                && clone.until.saturating_add(overdue).is_ok_and(|t| sighting.now < t)
+        };
+        // A later clone or delete makes the waiting one pointless and need not wait for it.
+        if matches!(sighting.kind, Kind::Pull | Kind::Status) && clones.iter().any(|clone| waits_for(&clone)) {
+            return Admission::Behind(ticket);
+        }
+        Admission::Fresh(ticket)
+    }
+}
+
+/// Why a task is older than what was applied to its project, if it is.
+fn stale(place: Place, sighting: &Sighting) -> Option<String> {
+    let mark = sighting.mark.filter(|_| sighting.kind.changes_project())?;
+    if !place.is_older_than(mark) {
+        return None;
+    }
+    Some(match (place.generation, mark.generation) {
+        (Some(ours), Some(theirs)) if ours != theirs => {
+            format!("generation {theirs} was applied to the project, this is generation {ours}")
+        }
+        _ => "a task that arrived later was applied to the project first".to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        journal::{CancelAnswer, Concluded, Debt, Envelope},
+        protocol::{Status, wire::Message},
+    };
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(1_000_000 + seconds).unwrap()
+    }
+
+    fn sighting() -> Sighting {
+        Sighting {
+            round: 0,
+            digest: "d".to_owned(),
+            kind: Kind::Clone,
+            project: 1,
+            generation: None,
+            arrived: None,
+            next_arrival: 100,
+            attempt: 1,
+            not_before: None,
+            not_after: None,
+            mark: None,
+            boot: "b1".to_owned(),
+            now: at(0),
+        }
+    }
+
+    fn envelope() -> Envelope {
+        Envelope { exchange: "e".to_owned(), routing_key: "k".to_owned(), message: Message::default() }
+    }
+
+    fn admit(page: &mut Page, sighting: &Sighting) -> Admission {
+        page.admit(sighting, &[]).0
+    }
+
+    #[test]
+    fn a_new_task_is_fresh_and_keeps_its_first_place() {
+        let mut page = Page::default();
+        let place = Place { generation: None, arrived: 100 };
+        assert_eq!(admit(&mut page, &sighting()), Admission::Fresh(Ticket { place, attempt: 1 }));
+        let again = Sighting { next_arrival: 200, ..sighting() };
+        assert_eq!(admit(&mut page, &again), Admission::Fresh(Ticket { place, attempt: 1 }));
+    }
+
+    #[test]
+    fn the_same_key_with_another_body_touches_nothing() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        let before = page.clone();
+        let other = Sighting { digest: "other".to_owned(), ..sighting() };
+        assert_eq!(admit(&mut page, &other), Admission::Mismatch);
+        assert_eq!(page, before);
+    }
+
+    #[test]
+    fn a_settled_task_is_answered_with_the_same_event() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        assert_eq!(page.settle(0, Status::Failed, envelope(), Some(envelope())), Concluded::Now);
+        let Admission::Settled(entry) = admit(&mut page, &sighting()) else { panic!("not settled") };
+        assert_eq!(entry.debts().iter().map(|(debt, _)| *debt).collect::<Vec<_>>(), [Debt::DeadLetter, Debt::Event]);
+        assert_eq!(page.settle(0, Status::Succeeded, envelope(), None), Concluded::Before(Some(envelope())));
+    }
+
+    #[test]
+    fn debts_are_struck_off_one_by_one() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        page.settle(0, Status::Failed, envelope(), Some(envelope()));
+        page.strike(0, Debt::DeadLetter, at(1));
+        assert_eq!(page.round(0).unwrap().debts().len(), 1);
+        page.strike(0, Debt::Event, at(1));
+        assert!(!page.round(0).unwrap().owes());
+    }
+
+    #[test]
+    fn a_delivery_older_than_its_released_copy_is_done_with() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        page.begin(0, 1, "b1");
+        page.release(0, 2, at(5));
+        assert_eq!(admit(&mut page, &sighting()), Admission::Released);
+        let copy = Sighting { attempt: 2, ..sighting() };
+        assert!(matches!(admit(&mut page, &copy), Admission::Fresh(Ticket { attempt: 2, .. })));
+    }
+
+    #[test]
+    fn the_attempt_is_the_higher_of_header_and_journal() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        page.begin(0, 3, "b1");
+        assert!(matches!(admit(&mut page, &sighting()), Admission::Fresh(Ticket { attempt: 3, .. })));
+    }
+
+    #[test]
+    fn a_task_that_was_running_at_three_crashes_is_given_up() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        for boot in 1..=3 {
+            assert!(page.begin(0, 1, &format!("b{boot}")));
+            let next = Sighting { boot: format!("b{}", boot + 1), ..sighting() };
+            let admission = admit(&mut page, &next);
+            assert_eq!(matches!(admission, Admission::Crashed(_)), boot == 3, "{boot}: {admission:?}");
+        }
+    }
+
+    #[test]
+    fn a_task_given_back_at_a_drain_is_not_charged_a_crash() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        for boot in 1..=5 {
+            page.begin(0, 1, &format!("b{boot}"));
+            page.give_back(0);
+            let next = Sighting { boot: format!("b{}", boot + 1), ..sighting() };
+            assert!(matches!(admit(&mut page, &next), Admission::Fresh(_)));
+        }
+    }
+
+    #[test]
+    fn a_task_older_than_what_was_applied_is_superseded_however_it_was_delayed() {
+        let mark = |generation, arrived| Some(Place { generation, arrived });
+        let cases = [
+            (Some(1), Some(50), mark(Some(2), 1), true),
+            (Some(3), Some(50), mark(Some(2), 99), false),
+            (None, Some(50), mark(None, 99), true),
+            (None, Some(50), mark(Some(7), 40), false),
+            (None, Some(50), mark(None, 50), false),
+        ];
+        for (generation, arrived, mark, superseded) in cases {
+            let sighting = Sighting { generation, arrived, mark, attempt: 4, ..sighting() };
+            let admission = admit(&mut Page::default(), &sighting);
+            assert_eq!(matches!(admission, Admission::Superseded(..)), superseded, "{sighting:?}");
+        }
+        let status = Sighting { kind: Kind::Status, arrived: Some(1), mark: mark(None, 9), ..sighting() };
+        assert!(matches!(admit(&mut Page::default(), &status), Admission::Fresh(_)));
+    }
+
+    #[test]
+    fn a_cancel_that_comes_first_waits_for_round_zero() {
+        let mut page = Page::default();
+        assert_eq!(page.cancel(), CancelAnswer::Pending);
+        assert!(matches!(admit(&mut page, &sighting()), Admission::Cancelled(_)));
+        assert!(!page.cancel_pending);
+    }
+
+    #[test]
+    fn a_cancel_marks_the_highest_open_round_and_is_idempotent() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        page.settle(0, Status::Failed, envelope(), None);
+        admit(&mut page, &Sighting { round: 1, ..sighting() });
+        assert!(matches!(page.cancel(), CancelAnswer::Open(entry) if entry.round == 1));
+        assert!(matches!(page.cancel(), CancelAnswer::Open(_)));
+        assert!(!page.begin(1, 1, "b1"), "a cancelled task must not begin");
+        page.settle(1, Status::Cancelled, envelope(), None);
+        assert_eq!(page.cancel(), CancelAnswer::Settled(Some(envelope())));
+    }
+
+    #[test]
+    fn admitting_a_round_closes_lower_ones() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        let (_, closed) = page.admit(&Sighting { round: 1, ..sighting() }, &[]);
+        assert_eq!(closed.iter().map(|entry| entry.round).collect::<Vec<_>>(), [0]);
+        let late = admit(&mut page, &sighting());
+        assert!(matches!(late, Admission::Superseded(..)), "{late:?}");
+    }
+
+    #[test]
+    fn an_early_copy_says_how_long_it_has_to_wait() {
+        let early = Sighting { not_before: Some(at(30)), ..sighting() };
+        let admission = admit(&mut Page::default(), &early);
+        assert!(matches!(admission, Admission::Early(_, wait) if wait == Duration::from_secs(30)));
+    }
+
+    #[test]
+    fn an_expired_task_is_not_started() {
+        let late = Sighting { not_after: Some(at(-1)), ..sighting() };
+        assert!(matches!(admit(&mut Page::default(), &late), Admission::Expired(_)));
+    }
+
+    #[test]
+    fn a_pull_waits_behind_a_clone_in_retry_and_not_for_ever() {
+        let clone = WaitingClone { place: Place { generation: None, arrived: 50 }, until: at(10) };
+        let pull = |now| Sighting { kind: Kind::Pull, now, ..sighting() };
+        let (admission, _) = Page::default().admit(&pull(at(0)), &[clone]);
+        assert!(matches!(admission, Admission::Behind(_)));
+        let (admission, _) = Page::default().admit(&pull(at(10 + 3601)), &[clone]);
+        assert!(matches!(admission, Admission::Fresh(_)), "a lost copy must not hold the project for ever");
+        let earlier = Sighting { arrived: Some(10), ..pull(at(0)) };
+        assert!(matches!(Page::default().admit(&earlier, &[clone]).0, Admission::Fresh(_)));
+        let delete = Sighting { kind: Kind::Delete, ..sighting() };
+        assert!(matches!(Page::default().admit(&delete, &[clone]).0, Admission::Fresh(_)));
+    }
+}

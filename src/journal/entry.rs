@@ -1,0 +1,264 @@
+//! One task's page in the journal.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::protocol::{Kind, Place, ProjectId, Round, Status, TaskId, wire::Message};
+
+/// A task in one round.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// The task.
+    pub task_id: TaskId,
+    /// The round.
+    pub round: Round,
+}
+
+/// A message with its route, kept until the broker has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Envelope {
+    /// The exchange.
+    pub exchange: String,
+    /// The routing key.
+    pub routing_key: String,
+    /// The message.
+    pub message: Message,
+}
+
+/// Where an open task stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Known, not running: it waits here, or the broker will deliver it.
+    Waiting,
+    /// An attempt is under way in this start of the agent.
+    Running {
+        /// The start of the agent.
+        boot: String,
+    },
+    /// A copy of it is held in a retry queue until then.
+    Released {
+        /// When it is due.
+        until: Timestamp,
+    },
+    /// It has ended.
+    Settled {
+        /// How.
+        status: Status,
+    },
+}
+
+/// What a settled task still owes, in the order of payment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Debt {
+    /// The copy for the dead-letter queue.
+    DeadLetter,
+    /// The terminal event.
+    Event,
+}
+
+/// What is known of a task in one round.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The round.
+    pub round: Round,
+    /// SHA-256 of the body, hexadecimal: the same key with another body is another task in disguise.
+    pub digest: String,
+    /// Kind of task.
+    pub kind: Kind,
+    /// Its project.
+    pub project: ProjectId,
+    /// Its place in the order of its project, fixed at first admission.
+    pub place: Place,
+    /// Where it stands.
+    pub phase: Phase,
+    /// The highest attempt that was begun.
+    #[serde(default)]
+    pub attempt: u32,
+    /// Deliveries with a lower attempt have a newer copy under way and are acknowledged.
+    #[serde(default)]
+    pub released: u32,
+    /// Crashes of the agent at which it was running.
+    #[serde(default)]
+    pub crashes: u32,
+    /// A cancel arrived while it was open.
+    #[serde(default)]
+    pub cancelled: bool,
+    /// The terminal event, byte for byte, once settled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event: Option<Envelope>,
+    /// Whether the broker has not confirmed the terminal event yet.
+    #[serde(default)]
+    pub owes_event: bool,
+    /// The copy for the dead-letter queue, until the broker has confirmed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owes_dead_letter: Option<Envelope>,
+    /// Last sighting or acknowledgement.
+    pub seen: Timestamp,
+}
+
+/// A clone that waits for its retry: later tasks of its project wait for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitingClone {
+    /// Its place.
+    pub place: Place,
+    /// When its copy is due.
+    pub until: Timestamp,
+}
+
+/// All that is known of one task identity.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    /// One entry a round, ascending.
+    pub entries: Vec<Entry>,
+    /// A cancel came before the task did; it applies to round 0.
+    pub cancel_pending: bool,
+}
+
+/// What came of settling.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Concluded {
+    /// Settled now.
+    Now,
+    /// It was settled before, and this is its terminal event.
+    Before(Option<Envelope>),
+}
+
+/// What came of a cancel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CancelAnswer {
+    /// Never seen: the cancel waits for it.
+    Pending,
+    /// Open in this round, and marked: whoever holds it must end it; if nobody here does, it is settled at once.
+    Open(Box<Entry>),
+    /// Settled before, with this terminal event.
+    Settled(Option<Envelope>),
+}
+
+impl Entry {
+    /// Whether it has not ended.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        !matches!(self.phase, Phase::Settled { .. })
+    }
+
+    /// Whether something is still owed.
+    #[must_use]
+    pub fn owes(&self) -> bool {
+        self.owes_event || self.owes_dead_letter.is_some()
+    }
+
+    /// What is owed, in the order of payment.
+    #[must_use]
+    pub fn debts(&self) -> Vec<(Debt, Envelope)> {
+        let dead = self.owes_dead_letter.clone().map(|envelope| (Debt::DeadLetter, envelope));
+        let event = self.event.clone().filter(|_| self.owes_event).map(|envelope| (Debt::Event, envelope));
+        dead.into_iter().chain(event).collect()
+    }
+
+    /// The clone that waits for a retry, if it is one.
+    #[must_use]
+    pub fn waiting_clone(&self) -> Option<WaitingClone> {
+        match (&self.phase, self.kind) {
+            (Phase::Released { until }, Kind::Clone) => Some(WaitingClone { place: self.place, until: *until }),
+            _ => None,
+        }
+    }
+}
+
+impl Page {
+    /// The entry of a round.
+    #[must_use]
+    pub fn round(&self, round: Round) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.round == round)
+    }
+
+    pub(super) fn round_mut(&mut self, round: Round) -> Option<&mut Entry> {
+        self.entries.iter_mut().find(|entry| entry.round == round)
+    }
+
+    /// The highest round known.
+    #[must_use]
+    pub fn highest(&self) -> Option<Round> {
+        self.entries.iter().map(|entry| entry.round).max()
+    }
+
+    /// Adds the entry of a new round.
+    pub fn insert(&mut self, entry: Entry) {
+        self.entries.push(entry);
+        self.entries.sort_by_key(|entry| entry.round);
+    }
+
+    /// Notes that an attempt begins; false if the task was settled or cancelled meanwhile.
+    pub fn begin(&mut self, round: Round, attempt: u32, boot: &str) -> bool {
+        match self.round_mut(round) {
+            Some(entry) if entry.is_open() && !entry.cancelled => {
+                entry.attempt = entry.attempt.max(attempt);
+                entry.phase = Phase::Running { boot: boot.to_owned() };
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes that a running attempt was given back without being charged, as at a drain.
+    pub fn give_back(&mut self, round: Round) {
+        if let Some(entry) = self.round_mut(round)
+            && matches!(entry.phase, Phase::Running { .. })
+        {
+            entry.phase = Phase::Waiting;
+        }
+    }
+
+    /// Notes that a copy asking for `attempt` is held in a retry queue until `until`.
+    pub fn release(&mut self, round: Round, attempt: u32, until: Timestamp) {
+        if let Some(entry) = self.round_mut(round)
+            && entry.is_open()
+        {
+            entry.released = entry.released.max(attempt);
+            entry.phase = Phase::Released { until };
+        }
+    }
+
+    /// Ends a round. The first end wins: settling again returns what was recorded.
+    pub fn settle(&mut self, round: Round, status: Status, event: Envelope, dead: Option<Envelope>) -> Concluded {
+        match self.round_mut(round) {
+            Some(entry) if entry.is_open() => {
+                entry.phase = Phase::Settled { status };
+                entry.event = Some(event);
+                entry.owes_event = true;
+                entry.owes_dead_letter = dead;
+                Concluded::Now
+            }
+            Some(entry) => Concluded::Before(entry.event.clone()),
+            None => Concluded::Before(None),
+        }
+    }
+
+    /// Strikes off a debt that the broker has confirmed.
+    pub fn strike(&mut self, round: Round, debt: Debt, now: Timestamp) {
+        if let Some(entry) = self.round_mut(round) {
+            entry.seen = now;
+            match debt {
+                Debt::DeadLetter => entry.owes_dead_letter = None,
+                Debt::Event => entry.owes_event = false,
+            }
+        }
+    }
+
+    /// Applies a cancel to the highest round known, else to round 0 when it comes.
+    pub fn cancel(&mut self) -> CancelAnswer {
+        let Some(highest) = self.highest() else {
+            self.cancel_pending = true;
+            return CancelAnswer::Pending;
+        };
+        match self.round_mut(highest) {
+            Some(entry) if entry.is_open() => {
+                entry.cancelled = true;
+                CancelAnswer::Open(Box::new(entry.clone()))
+            }
+            Some(entry) => CancelAnswer::Settled(entry.event.clone()),
+            None => CancelAnswer::Pending,
+        }
+    }
+}

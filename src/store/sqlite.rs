@@ -1,0 +1,195 @@
+//! Pages in SQLite, in WAL mode with a full sync at each commit.
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use sqlx::{
+    ConnectOptions as _, Connection as _, Row as _, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous},
+};
+
+use super::{JournalError, Rows};
+use crate::{journal::Entry, protocol::TaskId};
+
+/// The tables. An entry is one JSON text: only what is searched for has a column of its own.
+const SCHEMA: &str = "
+CREATE TABLE IF NOT EXISTS entry (
+    task TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    seen INTEGER NOT NULL,
+    owes INTEGER NOT NULL,
+    waiting_clone INTEGER NOT NULL,
+    body TEXT NOT NULL,
+    PRIMARY KEY (task, round)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS entry_seen ON entry (seen);
+CREATE INDEX IF NOT EXISTS entry_owes ON entry (task) WHERE owes;
+CREATE INDEX IF NOT EXISTS entry_waiting_clone ON entry (task) WHERE waiting_clone;
+CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+";
+
+/// Pages in an SQLite database.
+pub struct SqliteRows {
+    connection: SqliteConnection,
+    path: PathBuf,
+}
+
+impl SqliteRows {
+    /// Opens the database at `path`, making it if it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be opened, is damaged, or was written by a later version.
+    pub async fn open(path: &Path) -> Result<Self, JournalError> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(std::time::Duration::from_secs(5))
+            // A few pages are touched at a time: the default of 2 MB would only add to the idle agent.
+            .pragma("cache_size", "-512")
+            .disable_statement_logging();
+        let failed = |doing| move |error: sqlx::Error| database(path, doing, &error);
+        let mut connection = SqliteConnection::connect_with(&options).await.map_err(failed("opened"))?;
+        sqlx::raw_sql(SCHEMA).execute(&mut connection).await.map_err(failed("prepared"))?;
+        Ok(Self { connection, path: path.to_owned() })
+    }
+
+    async fn run(&mut self, doing: &'static str, sql: &'static str) -> Result<(), JournalError> {
+        let done = sqlx::query(sql).execute(&mut self.connection).await;
+        done.map(drop).map_err(|error| database(&self.path, doing, &error))
+    }
+
+    fn read(&self) -> impl Fn(sqlx::Error) -> JournalError + use<> {
+        let path = self.path.clone();
+        move |error| database(&path, "read", &error)
+    }
+
+    fn written(&self) -> impl Fn(sqlx::Error) -> JournalError + use<> {
+        let path = self.path.clone();
+        move |error| database(&path, "written", &error)
+    }
+
+    /// Entries with their tasks; a row that cannot be read (a later version's) is left out and logged.
+    fn entries_of(&self, rows: Vec<SqliteRow>) -> Vec<(TaskId, Entry)> {
+        let read = |row: SqliteRow| {
+            let task = TaskId::new(row.get::<String, _>(0)).ok()?;
+            match serde_json::from_str(row.get::<&str, _>(1)) {
+                Ok(entry) => Some((task, entry)),
+                Err(error) => {
+                    tracing::error!(task.id = %task, error = %error, path = %self.path.display(), "journal entry unreadable");
+                    None
+                }
+            }
+        };
+        rows.into_iter().filter_map(read).collect()
+    }
+}
+
+fn database(path: &Path, doing: &'static str, error: &sqlx::Error) -> JournalError {
+    JournalError::Database { path: path.display().to_string(), doing, reason: error.to_string() }
+}
+
+#[async_trait]
+impl Rows for SqliteRows {
+    async fn begin(&mut self) -> Result<(), JournalError> {
+        self.run("written", "BEGIN IMMEDIATE").await
+    }
+
+    async fn commit(&mut self) -> Result<(), JournalError> {
+        self.run("written", "COMMIT").await
+    }
+
+    async fn rollback(&mut self) {
+        // Fails where SQLite has rolled back by itself; either way nothing of the batch is left.
+        drop(self.run("rolled back", "ROLLBACK").await);
+    }
+
+    async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError> {
+        let rows = sqlx::query("SELECT task, body FROM entry WHERE task = ? ORDER BY round")
+            .bind(task.as_str())
+            .fetch_all(&mut self.connection)
+            .await
+            .map_err(self.read())?;
+        Ok(self.entries_of(rows).into_iter().map(|(_, entry)| entry).collect())
+    }
+
+    async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError> {
+        let body = serde_json::to_string(entry).expect("an entry serialises");
+        let done = sqlx::query(
+            "INSERT INTO entry (task, round, seen, owes, waiting_clone, body) VALUES (?, ?, ?, ?, ?, ?)
+             ON CONFLICT (task, round) DO UPDATE SET
+             seen = excluded.seen, owes = excluded.owes, waiting_clone = excluded.waiting_clone, body = excluded.body",
+        )
+        .bind(task.as_str())
+        .bind(i64::from(entry.round))
+        .bind(entry.seen.as_second())
+        .bind(entry.owes())
+        .bind(entry.waiting_clone().is_some())
+        .bind(body)
+        .execute(&mut self.connection)
+        .await;
+        done.map(drop).map_err(self.written())
+    }
+
+    async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        let rows = sqlx::query("SELECT task, body FROM entry WHERE owes ORDER BY task, round")
+            .fetch_all(&mut self.connection)
+            .await
+            .map_err(self.read())?;
+        Ok(self.entries_of(rows))
+    }
+
+    async fn waiting_clones(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        let rows = sqlx::query("SELECT task, body FROM entry WHERE waiting_clone ORDER BY task, round")
+            .fetch_all(&mut self.connection)
+            .await
+            .map_err(self.read())?;
+        Ok(self.entries_of(rows))
+    }
+
+    async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
+        let row = sqlx::query("SELECT value FROM note WHERE name = ?")
+            .bind(name)
+            .fetch_optional(&mut self.connection)
+            .await
+            .map_err(self.read())?;
+        Ok(row.map(|row| row.get(0)))
+    }
+
+    async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
+        let done = match value {
+            Some(value) => sqlx::query(
+                "INSERT INTO note (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            )
+            .bind(name)
+            .bind(value)
+            .execute(&mut self.connection)
+            .await,
+            None => sqlx::query("DELETE FROM note WHERE name = ?").bind(name).execute(&mut self.connection).await,
+        };
+        done.map(drop).map_err(self.written())
+    }
+
+    async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {
+        let rows = sqlx::query("SELECT name FROM note WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name")
+            .bind(prefix)
+            .fetch_all(&mut self.connection)
+            .await
+            .map_err(self.read())?;
+        Ok(rows.into_iter().map(|row| row.get(0)).collect())
+    }
+
+    async fn prune(&mut self, limit: Timestamp, most: u32) -> Result<u64, JournalError> {
+        let done = sqlx::query(
+            "DELETE FROM entry WHERE (task, round) IN
+             (SELECT task, round FROM entry WHERE seen < ? AND NOT owes ORDER BY seen LIMIT ?)",
+        )
+        .bind(limit.as_second())
+        .bind(most)
+        .execute(&mut self.connection)
+        .await;
+        done.map(|done| done.rows_affected()).map_err(self.written())
+    }
+}

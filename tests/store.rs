@@ -1,0 +1,184 @@
+//! One suite for both backends of the journal, and what only the one on disk can show.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{path::Path, sync::atomic::Ordering};
+
+use haul::{
+    journal::{Admission, Concluded, Debt, Envelope, Sighting},
+    protocol::{Kind, Status, TaskId, wire::Message},
+    store::{Journal, MemoryRows, Rows, SqliteRows},
+};
+use jiff::{SignedDuration, Timestamp};
+
+fn now() -> Timestamp {
+    Timestamp::from_second(1_800_000_000).unwrap()
+}
+
+fn task(name: &str) -> TaskId {
+    TaskId::new(name).unwrap()
+}
+
+fn envelope(text: &str) -> Envelope {
+    let message = Message { message_id: Some(text.to_owned()), ..Message::default() };
+    Envelope { exchange: "haul.event".to_owned(), routing_key: "n.clone.failed".to_owned(), message }
+}
+
+fn sighting(kind: Kind, next_arrival: i64) -> Sighting {
+    Sighting {
+        round: 0,
+        digest: "digest".to_owned(),
+        kind,
+        project: 7,
+        generation: None,
+        arrived: None,
+        next_arrival,
+        attempt: 1,
+        not_before: None,
+        not_after: None,
+        mark: None,
+        boot: "boot".to_owned(),
+        now: now(),
+    }
+}
+
+async fn admit(journal: &Journal, id: &TaskId, kind: Kind) -> Admission {
+    let admitted = journal.step(id, now(), move |step| {
+        let sighting = sighting(kind, step.next_arrival);
+        let clones = (step.clones)(sighting.project);
+        step.page.admit(&sighting, &clones).0
+    });
+    admitted.await.unwrap()
+}
+
+async fn on_disk(path: &Path) -> Journal {
+    Journal::open(SqliteRows::open(path).await.unwrap()).await.unwrap()
+}
+
+async fn a_settled_task_is_remembered_with_its_debts(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    let id = task("settled");
+    assert!(matches!(admit(&journal, &id, Kind::Clone).await, Admission::Fresh(_)));
+    let settled =
+        journal.step(&id, now(), |step| step.page.settle(0, Status::Failed, envelope("event"), Some(envelope("dead"))));
+    assert_eq!(settled.await.unwrap(), Concluded::Now);
+    assert_eq!(journal.owing().await.unwrap().len(), 1);
+    journal.step(&id, now(), |step| step.page.strike(0, Debt::DeadLetter, now())).await.unwrap();
+    let Admission::Settled(entry) = admit(&journal, &id, Kind::Clone).await else { panic!("not settled") };
+    assert_eq!(entry.debts(), [(Debt::Event, envelope("event"))]);
+    journal.step(&id, now(), |step| step.page.strike(0, Debt::Event, now())).await.unwrap();
+    assert!(journal.owing().await.unwrap().is_empty());
+    assert!(matches!(admit(&journal, &id, Kind::Clone).await, Admission::Settled(_)));
+}
+
+async fn arrivals_are_unique_and_ascending(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    let mut last = 0;
+    for number in 0..50 {
+        let Admission::Fresh(ticket) = admit(&journal, &task(&format!("t{number}")), Kind::Pull).await else {
+            panic!("not fresh")
+        };
+        assert!(ticket.place.arrived > last, "two tasks in one microsecond share a place");
+        last = ticket.place.arrived;
+    }
+}
+
+async fn a_pull_waits_behind_a_released_clone(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    let clone = task("clone");
+    admit(&journal, &clone, Kind::Clone).await;
+    journal.step(&clone, now(), |step| step.page.release(0, 2, now())).await.unwrap();
+    assert!(matches!(admit(&journal, &task("pull"), Kind::Pull).await, Admission::Behind(_)));
+    journal.step(&clone, now(), |step| step.page.settle(0, Status::Failed, envelope("e"), None)).await.unwrap();
+    assert!(matches!(admit(&journal, &task("pull"), Kind::Pull).await, Admission::Fresh(_)));
+}
+
+async fn only_what_is_old_and_paid_is_pruned(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    for name in ["paid", "owing"] {
+        admit(&journal, &task(name), Kind::Delete).await;
+        let settle = |step: haul::store::Step<'_>| step.page.settle(0, Status::Succeeded, envelope("e"), None);
+        journal.step(&task(name), now(), settle).await.unwrap();
+    }
+    journal.step(&task("paid"), now(), |step| step.page.strike(0, Debt::Event, now())).await.unwrap();
+    assert_eq!(journal.prune(now()).await.unwrap(), 0, "nothing is older than now");
+    assert_eq!(journal.prune(now() + SignedDuration::from_secs(1)).await.unwrap(), 1);
+    assert!(matches!(admit(&journal, &task("paid"), Kind::Delete).await, Admission::Fresh(_)));
+    assert!(matches!(admit(&journal, &task("owing"), Kind::Delete).await, Admission::Settled(_)));
+}
+
+async fn notes_are_kept_and_forgotten(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    assert_eq!(journal.note("paused").await.unwrap(), None);
+    journal.set_note("paused", Some("yes")).await.unwrap();
+    assert_eq!(journal.note("paused").await.unwrap().as_deref(), Some("yes"));
+    journal.set_note("paused", None).await.unwrap();
+    assert_eq!(journal.note("paused").await.unwrap(), None);
+}
+
+macro_rules! both {
+    ($($name:ident),*) => {
+        mod in_memory {
+            $(#[tokio::test] async fn $name() { super::$name(haul::store::MemoryRows::default()).await; })*
+        }
+        mod on_sqlite {
+            $(#[tokio::test] async fn $name() {
+                let dir = tempfile::tempdir().unwrap();
+                super::$name(haul::store::SqliteRows::open(&dir.path().join("journal.db")).await.unwrap()).await;
+            })*
+        }
+    };
+}
+both!(
+    a_settled_task_is_remembered_with_its_debts,
+    arrivals_are_unique_and_ascending,
+    a_pull_waits_behind_a_released_clone,
+    only_what_is_old_and_paid_is_pruned,
+    notes_are_kept_and_forgotten
+);
+
+#[tokio::test]
+async fn what_was_answered_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal.db");
+    let first = on_disk(&path).await;
+    let Admission::Fresh(before) = admit(&first, &task("t"), Kind::Clone).await else { panic!("not fresh") };
+    first.step(&task("later"), now(), |step| step.page.cancel()).await.unwrap();
+    first.step(&task("t"), now(), |step| step.page.release(0, 2, now())).await.unwrap();
+    drop(first);
+    let second = on_disk(&path).await;
+    assert!(matches!(admit(&second, &task("later"), Kind::Clone).await, Admission::Cancelled(_)));
+    assert!(matches!(admit(&second, &task("t"), Kind::Clone).await, Admission::Released));
+    let Admission::Behind(after) = admit(&second, &task("p"), Kind::Pull).await else { panic!("not behind") };
+    assert!(after.place.arrived > before.place.arrived, "arrival goes on where it was");
+}
+
+#[tokio::test]
+async fn a_journal_that_cannot_write_says_so_and_keeps_nothing_of_the_step() {
+    let rows = MemoryRows::default();
+    let full = rows.full_switch();
+    let journal = Journal::open(rows).await.unwrap();
+    full.store(true, Ordering::SeqCst);
+    let id = task("t");
+    let refused = journal.step(&id, now(), |step| {
+        let sighting = sighting(Kind::Clone, step.next_arrival);
+        step.page.admit(&sighting, &[]).0
+    });
+    assert!(refused.await.is_err());
+    full.store(false, Ordering::SeqCst);
+    let known = journal.step(&task("t"), now(), |step| step.page.highest()).await.unwrap();
+    assert_eq!(known, None);
+}
+
+#[tokio::test]
+async fn steps_that_come_together_share_a_commit_and_each_is_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = on_disk(&dir.path().join("journal.db")).await;
+    let steps = (0..300).map(|number| {
+        let journal = journal.clone();
+        tokio::spawn(async move { admit(&journal, &task(&format!("t{number}")), Kind::Status).await })
+    });
+    for step in steps.collect::<Vec<_>>() {
+        assert!(matches!(step.await.unwrap(), Admission::Fresh(_)));
+    }
+}
