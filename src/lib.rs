@@ -10,4 +10,6 @@ pub mod git;
 pub mod journal;
 pub mod protocol;
 pub mod retry;
+pub mod schedule;
 pub mod store;
+pub mod worker;

@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(page.settle(0, Status::Failed, envelope(), Some(envelope())), Concluded::Now);
         let Admission::Settled(entry) = admit(&mut page, &sighting()) else { panic!("not settled") };
         assert_eq!(entry.debts().iter().map(|(debt, _)| *debt).collect::<Vec<_>>(), [Debt::DeadLetter, Debt::Event]);
-        assert_eq!(page.settle(0, Status::Succeeded, envelope(), None), Concluded::Before(Some(envelope())));
+        assert_eq!(page.settle(0, Status::Succeeded, envelope(), None), Concluded::Before(Some(Box::new(envelope()))));
     }
 
     #[test]
@@ -341,7 +341,7 @@ mod tests {
         assert!(matches!(page.cancel(), CancelAnswer::Open(_)));
         assert!(!page.begin(1, 1, "b1"), "a cancelled task must not begin");
         page.settle(1, Status::Cancelled, envelope(), None);
-        assert_eq!(page.cancel(), CancelAnswer::Settled(Some(envelope())));
+        assert_eq!(page.cancel(), CancelAnswer::Settled(Some(Box::new(envelope()))));
     }
 
     #[test]

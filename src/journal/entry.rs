@@ -121,7 +121,7 @@ pub enum Concluded {
     /// Settled now.
     Now,
     /// It was settled before, and this is its terminal event.
-    Before(Option<Envelope>),
+    Before(Option<Box<Envelope>>),
 }
 
 /// What came of a cancel.
@@ -132,7 +132,7 @@ pub enum CancelAnswer {
     /// Open in this round, and marked: whoever holds it must end it; if nobody here does, it is settled at once.
     Open(Box<Entry>),
     /// Settled before, with this terminal event.
-    Settled(Option<Envelope>),
+    Settled(Option<Box<Envelope>>),
 }
 
 impl Entry {
@@ -230,7 +230,7 @@ impl Page {
                 entry.owes_dead_letter = dead;
                 Concluded::Now
             }
-            Some(entry) => Concluded::Before(entry.event.clone()),
+            Some(entry) => Concluded::Before(entry.event.clone().map(Box::new)),
             None => Concluded::Before(None),
         }
     }
@@ -257,7 +257,7 @@ impl Page {
                 entry.cancelled = true;
                 CancelAnswer::Open(Box::new(entry.clone()))
             }
-            Some(entry) => CancelAnswer::Settled(entry.event.clone()),
+            Some(entry) => CancelAnswer::Settled(entry.event.clone().map(Box::new)),
             None => CancelAnswer::Pending,
         }
     }

@@ -1,0 +1,339 @@
+//! The agent's role: from a delivery to its acknowledgement.
+//!
+//! [`Worker::handle`] is the path of one message; `docs/ARCHITECTURE.md` tells what holds if the agent dies at each of
+//! its steps, and `tests/crash.rs` kills it there.
+
+mod active;
+mod arrival;
+mod attempt;
+mod consume;
+mod control;
+mod copies;
+mod reporter;
+mod settings;
+mod settle;
+mod step;
+mod turns;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use tokio::sync::{Notify, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use consume::Readiness;
+pub use settings::{Clock, WorkerSettings};
+pub use step::{Observe, Step, Unobserved};
+
+use crate::{
+    broker::{Broker, Delivery},
+    execute::Execute,
+    failure::{ErrorClass, Failure},
+    journal::{Admission, Entry, Key},
+    protocol::{Origin, Outcome, wire::Undecodable},
+    store::{Journal, JournalError},
+};
+use active::{Active, Entered};
+use arrival::Arrival;
+use attempt::Ending;
+use reporter::Reporter;
+use turns::{Turn, Turns};
+
+/// Everything that a worker is made of.
+pub struct Parts {
+    /// What it is told.
+    pub settings: WorkerSettings,
+    /// Where messages come from and go to.
+    pub broker: Arc<dyn Broker>,
+    /// What it remembers.
+    pub journal: Journal,
+    /// What does the work.
+    pub executor: Arc<dyn Execute>,
+    /// Who watches its steps.
+    pub observer: Arc<dyn Observe>,
+    /// The wall clock.
+    pub clock: Clock,
+    /// Identity of this start.
+    pub boot: String,
+}
+
+/// The agent's role.
+pub struct Worker {
+    settings: WorkerSettings,
+    broker: Arc<dyn Broker>,
+    journal: Journal,
+    executor: Arc<dyn Execute>,
+    observer: Arc<dyn Observe>,
+    clock: Clock,
+    boot: String,
+    reporter: Reporter,
+    active: Active,
+    turns: Arc<Turns>,
+    /// Take no more: what waits is given back, what runs is finished.
+    soft: CancellationToken,
+    /// Stop: what runs is ended and given back.
+    hard: CancellationToken,
+    /// Every message in hand.
+    handling: TaskTracker,
+    /// Publishes and payments that no delivery waits for.
+    background: TaskTracker,
+    /// Settled tasks whose debts the broker does not take.
+    owing: AtomicUsize,
+    /// Something that the consuming loop waits for has changed.
+    changed: Notify,
+    paused: watch::Sender<bool>,
+    /// The journal cannot be written.
+    trouble: watch::Sender<bool>,
+    /// One delivery at a time, until one settles.
+    cautious: watch::Sender<bool>,
+    readiness: watch::Sender<Readiness>,
+}
+
+/// Why a role ended otherwise than by being asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The broker could not be used.
+    #[error(transparent)]
+    Broker(#[from] crate::broker::BrokerError),
+    /// The journal could not be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Somebody else consumes our queue.
+    #[error(
+        "another consumer is on queue {queue:?}: an agent of the same name runs elsewhere; stop it, rename this node, \
+         or take the queue with --force"
+    )]
+    Occupied {
+        /// The queue.
+        queue: String,
+    },
+    /// What the queue needs is missing and we may not make it.
+    #[error("the broker has no {missing}: run `haul topology apply` as a user who may, then start again")]
+    Topology {
+        /// What is missing.
+        missing: String,
+    },
+}
+
+/// Why a message's path ended early; its deliveries go back to the broker.
+#[derive(Debug)]
+enum Interrupted {
+    /// The worker stops.
+    Stopping,
+    /// The journal cannot be written.
+    Journal(JournalError),
+}
+
+impl From<JournalError> for Interrupted {
+    fn from(error: JournalError) -> Self {
+        Self::Journal(error)
+    }
+}
+
+impl Worker {
+    /// Puts the parts together; nothing runs yet.
+    #[must_use]
+    pub fn new(parts: Parts, soft: CancellationToken, hard: CancellationToken) -> Arc<Self> {
+        let Parts { settings, broker, journal, executor, observer, clock, boot } = parts;
+        let background = TaskTracker::new();
+        let origin = Origin { node: settings.node.clone(), boot: boot.clone() };
+        let reporter = Reporter::new(origin, settings.names.clone(), broker.clone(), clock.clone(), background.clone());
+        Arc::new(Self {
+            turns: Turns::new(settings.slots),
+            settings,
+            broker,
+            journal,
+            executor,
+            observer,
+            clock,
+            boot,
+            reporter,
+            active: Active::default(),
+            soft,
+            hard,
+            handling: TaskTracker::new(),
+            background,
+            owing: AtomicUsize::new(0),
+            changed: Notify::new(),
+            paused: watch::Sender::new(false),
+            trouble: watch::Sender::new(false),
+            cautious: watch::Sender::new(false),
+            readiness: watch::Sender::new(Readiness::default()),
+        })
+    }
+
+    /// The path of one message, from its delivery to its acknowledgement.
+    async fn handle(self: Arc<Self>, delivery: Delivery) {
+        self.observer.reached(Step::Received, None);
+        let mut arrival = match Arrival::decode(&delivery.message) {
+            Ok(arrival) => arrival,
+            Err(undecodable) => return self.refuse(delivery, undecodable).await,
+        };
+        self.observer.reached(Step::Decoded, Some(&arrival.key.task_id));
+        if let Some(owner) = arrival.belongs_elsewhere(&self.settings.node) {
+            return self.forward(&arrival, owner, delivery).await;
+        }
+        arrival.cancel = match self.active.enter(&arrival.key, &arrival.digest, delivery) {
+            Entered::First(cancel) => cancel,
+            Entered::Joined => return,
+            Entered::Mismatch(delivery) => return self.report_mismatch(&arrival, *delivery).await,
+        };
+        match self.conclude(&arrival).await {
+            Ok(()) => self.acknowledge(&arrival.key).await,
+            Err(interrupted) => self.give_back(&arrival, interrupted).await,
+        }
+    }
+
+    /// Steps 3 to 8: everything between knowing a task and owing nothing for it.
+    async fn conclude(self: &Arc<Self>, arrival: &Arrival) -> Result<(), Interrupted> {
+        let mut turn: Option<Turn> = None;
+        let ending = match self.admit(arrival).await? {
+            Admission::Fresh(ticket) => self.attempt(arrival, ticket, &mut turn).await?,
+            other => Self::without_running(arrival, other),
+        };
+        match ending {
+            Ending::Over { ticket, outcome } => {
+                let owed = self.settle(arrival, ticket, outcome).await?;
+                drop(turn);
+                self.pay(&arrival.key, owed).await
+            }
+            Ending::Again(again) => {
+                self.release(arrival, again).await?;
+                drop(turn);
+                Ok(())
+            }
+            Ending::Answered(entry) => self.answer(&arrival.key, *entry).await,
+            Ending::Mismatch => self.dead_letter_mismatch(arrival).await,
+            Ending::Done => Ok(()),
+        }
+    }
+
+    /// Step 3: asks the journal what this delivery is.
+    async fn admit(self: &Arc<Self>, arrival: &Arrival) -> Result<Admission, Interrupted> {
+        let mark = self.executor.project(arrival.task.project).await.mark;
+        let sighting = arrival.sighting(mark, &self.boot, self.clock.now());
+        let (now, project) = (sighting.now, sighting.project);
+        let step = self.journal.step(&arrival.key.task_id, now, move |step| {
+            let mut sighting = sighting;
+            sighting.next_arrival = step.next_arrival;
+            step.page.admit(&sighting, &(step.clones)(project))
+        });
+        let (admission, closed) = step.await?;
+        self.observer.reached(Step::Admitted, Some(&arrival.key.task_id));
+        self.close_lower_rounds(arrival, closed).await?;
+        Ok(admission)
+    }
+
+    /// What follows where nothing has to run.
+    fn without_running(arrival: &Arrival, admission: Admission) -> Ending {
+        let over = |ticket, outcome| Ending::Over { ticket, outcome };
+        match admission {
+            Admission::Fresh(ticket) | Admission::Behind(ticket) => Ending::behind(ticket),
+            Admission::Early(ticket, wait) => Ending::early(ticket, wait, arrival.headers.deferred_since),
+            Admission::Settled(entry) => Ending::Answered(entry),
+            Admission::Released => Ending::Done,
+            Admission::Cancelled(ticket) => over(ticket, Outcome::Cancelled),
+            Admission::Superseded(ticket, reason) => over(ticket, Outcome::Superseded(reason)),
+            Admission::Expired(ticket) => {
+                let failure = Failure::new(ErrorClass::Expired, "its not_after had passed before it could start");
+                let tried = arrival.headers.attempt > 1;
+                over(ticket, if tried { Outcome::Failed(failure) } else { Outcome::Rejected(failure) })
+            }
+            Admission::Crashed(ticket) => {
+                let message =
+                    "the agent crashed three times while this task was running; replay it once that is mended";
+                over(ticket, Outcome::Failed(Failure::new(ErrorClass::Crashed, message)))
+            }
+            Admission::Mismatch => Ending::Mismatch,
+        }
+    }
+
+    /// Step 9: everything that belongs to the task is acknowledged; a delivery whose channel is gone comes again and is
+    /// answered from the journal.
+    async fn acknowledge(&self, key: &Key) {
+        for delivery in self.active.leave(key) {
+            if delivery.ack().await.is_err() {
+                tracing::debug!(task.id = %key.task_id, "the delivery's channel is gone; it comes again");
+            }
+        }
+        self.observer.reached(Step::Acked, Some(&key.task_id));
+        self.settled_one();
+    }
+
+    /// The path was cut short: the broker keeps the task.
+    async fn give_back(&self, arrival: &Arrival, why: Interrupted) {
+        match why {
+            Interrupted::Journal(error) => {
+                tracing::error!(task.id = %arrival.key.task_id, error = %error, "given back: the journal cannot be written");
+                self.trouble.send_replace(true);
+                self.changed.notify_one();
+            }
+            Interrupted::Stopping => {
+                // An attempt that we ended ourselves is charged neither as an attempt nor as a crash.
+                let round = arrival.key.round;
+                let noted = self.journal.step(&arrival.key.task_id, self.clock.now(), move |step| {
+                    step.page.give_back(round);
+                });
+                if let Err(error) = noted.await {
+                    tracing::warn!(task.id = %arrival.key.task_id, error = %error, "given back without a note");
+                }
+            }
+        }
+        for delivery in self.active.leave(&arrival.key) {
+            // A delivery whose channel is gone is back at the broker already.
+            let _ = delivery.requeue().await;
+        }
+    }
+
+    /// A message that is no task of ours: dead-lettered with the reason, and reported where it can be named.
+    async fn refuse(self: &Arc<Self>, delivery: Delivery, undecodable: Undecodable) {
+        let done = self.reject_undecodable(&delivery.message, undecodable).await;
+        self.finish(delivery, done).await;
+    }
+
+    /// A task of another node, moved here by hand: it goes to its own queue.
+    async fn forward(&self, arrival: &Arrival, owner: &crate::protocol::NodeName, delivery: Delivery) {
+        tracing::info!(task.id = %arrival.key.task_id, node = %owner, "forwarded to the node it belongs to");
+        let done = self.publish_forwarded(arrival, owner).await;
+        self.finish(delivery, done).await;
+    }
+
+    /// The same identity with another body while the first is in hand.
+    async fn report_mismatch(&self, arrival: &Arrival, delivery: Delivery) {
+        let done = self.dead_letter_mismatch(arrival).await;
+        self.finish(delivery, done).await;
+    }
+
+    /// Settles a delivery that never became a task in hand.
+    async fn finish(&self, delivery: Delivery, done: Result<(), Interrupted>) {
+        // A delivery whose channel is gone comes again.
+        let _ = match done {
+            Ok(()) => delivery.ack().await,
+            Err(_) => delivery.requeue().await,
+        };
+        self.settled_one();
+    }
+
+    /// A delivery was settled: caution ends.
+    fn settled_one(&self) {
+        if self.cautious.send_if_modified(|cautious| std::mem::replace(cautious, false)) {
+            self.changed.notify_one();
+        }
+    }
+
+    /// How many settled tasks the broker does not take the debts of.
+    fn owing(&self) -> usize {
+        self.owing.load(Ordering::Relaxed)
+    }
+
+    /// Ends lower rounds of a task that are still open when a replay of it is admitted.
+    async fn close_lower_rounds(self: &Arc<Self>, arrival: &Arrival, closed: Vec<Entry>) -> Result<(), Interrupted> {
+        for entry in closed {
+            self.settle_unheld(arrival.key.task_id.clone(), entry, Outcome::Superseded("a replay of it came".into()))
+                .await?;
+        }
+        Ok(())
+    }
+}

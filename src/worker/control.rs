@@ -1,0 +1,141 @@
+//! Control messages: cancel, pause, resume, drain, inspect. Acknowledged once journalled.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{Worker, consume::PAUSED};
+use crate::{
+    broker::{Delivery, Health},
+    failure::Failure,
+    journal::{CancelAnswer, Key},
+    protocol::{Control, ControlAnswer, ControlMessage, Outcome, TaskId, wire},
+    store::JournalError,
+};
+
+/// How long to wait before the control queue is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
+
+impl Worker {
+    /// Follows the control queue. Its trouble lowers readiness and never stops tasks.
+    pub(super) async fn control(self: Arc<Self>) {
+        loop {
+            match self.broker.consume(self.control_consume()).await {
+                Ok(mut consumer) => {
+                    let mut health = consumer.health();
+                    loop {
+                        let up = *health.borrow_and_update() == Health::Up;
+                        self.readiness
+                            .send_if_modified(|readiness| std::mem::replace(&mut readiness.control, up) != up);
+                        tokio::select! {
+                            delivery = consumer.next() => match delivery {
+                                Some(delivery) => self.obey(delivery).await,
+                                None => break,
+                            },
+                            changed = health.changed() => if changed.is_err() { break },
+                        }
+                    }
+                }
+                Err(error) => tracing::warn!(error = %error, "control messages cannot be received"),
+            }
+            self.readiness.send_modify(|readiness| readiness.control = false);
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Does what a control message says, answers, acknowledges.
+    async fn obey(self: &Arc<Self>, delivery: Delivery) {
+        let message = match wire::decode_control(&delivery.message) {
+            Ok(message) => message,
+            Err(failure) => return self.refuse_command(delivery, None, failure).await,
+        };
+        let control = match Control::try_from(message.clone()) {
+            Ok(control) => control,
+            Err(failure) => return self.refuse_command(delivery, Some(message), failure).await,
+        };
+        tracing::info!(
+            control.command = message.command.as_str(),
+            task.id = message.task_id.as_ref().map(TaskId::as_str),
+            "control"
+        );
+        let answered = match control {
+            Control::Cancel(task) => self.cancel(task).await,
+            Control::Pause => self.pause(true).await,
+            Control::Resume => self.pause(false).await,
+            Control::Drain => {
+                self.soft.cancel();
+                Ok(self.reporter.answer("draining", None, None))
+            }
+            Control::Inspect => Ok(self.inspect()),
+        };
+        match answered {
+            Ok(mut answer) => {
+                answer.command = Some(message.command);
+                answer.control_id = message.control_id;
+                self.reporter.send_answer(&answer);
+                // A command that comes again does no harm: each of them can be obeyed twice.
+                let _ = delivery.ack().await;
+            }
+            Err(error) => {
+                tracing::error!(error = %error, "the command was not journalled; given back");
+                tokio::time::sleep(AGAIN).await;
+                let _ = delivery.requeue().await;
+            }
+        }
+    }
+
+    async fn refuse_command(&self, delivery: Delivery, message: Option<ControlMessage>, failure: Failure) {
+        tracing::warn!(error = %failure, "control message refused");
+        let mut answer = self.reporter.answer("refused", None, None);
+        answer.reason = Some(failure.message);
+        if let Some(message) = message {
+            answer.command = Some(message.command);
+            answer.control_id = message.control_id;
+            answer.task_id = message.task_id;
+        }
+        self.reporter.send_answer(&answer);
+        let _ = delivery.ack().await;
+    }
+
+    /// Cancels a queued, waiting or running task; idempotent, and may come before its task.
+    async fn cancel(self: &Arc<Self>, task: TaskId) -> Result<ControlAnswer, JournalError> {
+        let answer = self.journal.step(&task, self.clock.now(), |step| step.page.cancel()).await?;
+        let said = match answer {
+            CancelAnswer::Pending => "pending",
+            CancelAnswer::Open(entry) => {
+                let key = Key { task_id: task.clone(), round: entry.round };
+                if !self.active.cancel(&key) {
+                    // Nobody here holds it: it waits in a retry queue or at the broker, and is answered on its return.
+                    let settled = self.settle_unheld(task.clone(), *entry, Outcome::Cancelled).await;
+                    if let Err(super::Interrupted::Journal(error)) = settled {
+                        return Err(error);
+                    }
+                }
+                "cancelling"
+            }
+            CancelAnswer::Settled(event) => {
+                if let Some(event) = event {
+                    self.tell_again(*event);
+                }
+                "settled"
+            }
+        };
+        Ok(self.reporter.answer(said, None, Some(task)))
+    }
+
+    async fn pause(&self, pause: bool) -> Result<ControlAnswer, JournalError> {
+        self.journal.set_note(PAUSED, pause.then_some("yes")).await?;
+        self.paused.send_replace(pause);
+        self.changed.notify_one();
+        Ok(self.reporter.answer(if pause { "paused" } else { "resumed" }, None, None))
+    }
+
+    fn inspect(&self) -> ControlAnswer {
+        let (_, running) = self.active.counts();
+        let mut answer = self.reporter.answer("state", None, None);
+        answer.paused = Some(*self.paused.borrow());
+        answer.running = Some(running.len() as u64);
+        answer.waiting = Some(self.turns.waiting() as u64);
+        answer.busy_projects = Some(running);
+        answer.agent_version = Some(env!("CARGO_PKG_VERSION").to_owned());
+        answer
+    }
+}
