@@ -8,6 +8,7 @@ pub mod execute;
 pub mod failure;
 pub mod git;
 pub mod journal;
+pub mod lock;
 pub mod protocol;
 pub mod retry;
 pub mod schedule;

@@ -55,7 +55,8 @@ enum Ended {
 }
 
 impl Worker {
-    /// Runs until it is asked to stop; what runs is finished within the grace, the rest is given back.
+    /// Runs until the soft token asks it to stop: what waits is given back, what runs is finished, unless the hard token
+    /// comes first.
     ///
     /// # Errors
     /// When it could not begin: the queue is taken, the broker refuses, the journal cannot be read.
@@ -243,10 +244,12 @@ impl Worker {
         self.handling.close();
         let (in_hand, running) = self.active.counts();
         tracing::info!(tasks.in_hand = in_hand, tasks.running = running.len(), "stopping");
-        if tokio::time::timeout(self.settings.grace, self.handling.wait()).await.is_err() {
-            tracing::warn!("the grace is over: ending what runs, giving it back");
-            self.hard.cancel();
-            self.handling.wait().await;
+        tokio::select! {
+            () = self.handling.wait() => {}
+            () = self.hard.cancelled() => {
+                tracing::warn!("ending what runs, giving it back");
+                self.handling.wait().await;
+            }
         }
         self.hard.cancel();
         self.background.close();

@@ -26,8 +26,6 @@ pub struct WorkerSettings {
     /// How long a task may wait in the window before it goes round through a retry queue, uncharged, so that waiting
     /// and deadline together stay under the broker's consumer timeout.
     pub longest_wait: Duration,
-    /// How long running tasks may take to end once the worker is asked to stop.
-    pub grace: Duration,
     /// How long a consumer left on the queue by a lost connection of ours may linger.
     pub ghost_limit: Duration,
     /// Take the queue although somebody else consumes it.
