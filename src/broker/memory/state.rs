@@ -10,7 +10,10 @@ use tokio::time::Instant;
 
 use super::queue::{Entry, Queue};
 use crate::{
-    broker::{BrokerError, Outgoing, PublishError, Topology, topology::{Binding, Exchange, ExchangeKind}},
+    broker::{
+        BrokerError, Outgoing, PublishError, Topology,
+        topology::{Binding, Exchange, ExchangeKind},
+    },
     protocol::wire::{HeaderValue, Message, header},
 };
 
@@ -155,10 +158,8 @@ impl State {
         let mut message = entry.message;
         note_death(&mut message, queue, &entry.exchange, &entry.routing_key, reason);
         message.expiration_ms = None;
-        let alarms = targets
-            .iter()
-            .filter_map(|target| self.enqueue(target, message.clone(), &exchange, &key, now))
-            .collect();
+        let alarms =
+            targets.iter().filter_map(|target| self.enqueue(target, message.clone(), &exchange, &key, now)).collect();
         (targets, alarms)
     }
 
@@ -173,8 +174,7 @@ impl State {
             }
         }
         for queue in &topology.queues {
-            let existing =
-                self.queues.entry(queue.name.clone()).or_insert_with(|| Queue::new(queue.arguments.clone()));
+            let existing = self.queues.entry(queue.name.clone()).or_insert_with(|| Queue::new(queue.arguments.clone()));
             if existing.arguments != queue.arguments {
                 let what = format!("queue {:?}", queue.name);
                 return refused(what, "PRECONDITION_FAILED - it exists with other arguments".to_owned());
