@@ -55,7 +55,7 @@ enum Command {
     Worker(worker::WorkerArgs),
     /// Publish one task, and follow it to its end with --wait
     #[command(subcommand)]
-    Submit(submit::SubmitCommand),
+    Submit(Box<submit::SubmitCommand>),
     /// Cancel a queued, waiting or running task
     Cancel(control::CancelArgs),
     /// Tell an agent to take no more tasks; survives its restart
@@ -91,7 +91,7 @@ fn run(cli: Cli) -> Result<u8, CliError> {
     let load = || -> Result<Config, CliError> { Ok(Config::load(cli.common.config.as_deref())?) };
     match cli.command {
         Command::Worker(args) => worker::run(load()?, args),
-        Command::Submit(command) => client(load()?, |config| submit::run(config, command)),
+        Command::Submit(command) => client(load()?, |config| submit::run(config, *command)),
         Command::Cancel(args) => client(load()?, |config| control::cancel(config, args)),
         Command::Pause(args) => client(load()?, |config| control::pause(config, args)),
         Command::Resume(args) => client(load()?, |config| control::resume(config, args)),

@@ -168,8 +168,8 @@ impl Settings {
 
 /// The refusal with the source that gave the key it speaks of: the first known key in the sentence.
 fn invalid(origins: &BTreeMap<String, String>, reason: &str) -> ConfigError {
-    let words = reason.split(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_')));
-    let origin = words.filter_map(|word| origins.get(word.trim_end_matches('.'))).next();
+    let mut words = reason.split(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_')));
+    let origin = words.find_map(|word| origins.get(word.trim_end_matches('.')));
     ConfigError::Invalid {
         origin: origin.cloned().unwrap_or_else(|| "configuration".to_owned()),
         reason: reason.to_owned(),
