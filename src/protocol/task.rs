@@ -58,10 +58,18 @@ pub enum OnConflict {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[schemars(title = "Task")]
 #[schemars(extend("allOf" = [
-    {"if": {"properties": {"kind": {"const": "clone"}}}, "then": {"required": ["git_url", "target_path"]}},
+    {"if": {"properties": {"kind": {"const": "clone"}}},
+     "then": {"required": ["git_url", "target_path"],
+              "properties": {"git_url": {"type": "string"}, "target_path": {"type": "string"}}}},
     {"if": {"properties": {"kind": {"enum": ["clone", "pull", "delete"]},
                            "priority": {"enum": ["critical", "high", "low", "idle"]}}, "required": ["priority"]},
-     "then": {"required": ["generation"]}},
+     "then": {"required": ["generation"], "properties": {"generation": {"type": "integer"}}}},
+    {"not": {"required": ["branch", "tag"],
+             "properties": {"branch": {"type": "string"}, "tag": {"type": "string"}}}},
+    {"not": {"required": ["branch", "commit"],
+             "properties": {"branch": {"type": "string"}, "commit": {"type": "string"}}}},
+    {"not": {"required": ["tag", "commit"],
+             "properties": {"tag": {"type": "string"}, "commit": {"type": "string"}}}},
 ]))]
 pub struct TaskMessage {
     /// Version of the contract: 1.
@@ -72,28 +80,35 @@ pub struct TaskMessage {
     /// What to do.
     pub kind: Kind,
     /// Identity of the project, chosen by the master.
+    #[schemars(extend("minimum" = i64::MIN, "maximum" = i64::MAX))]
     pub project_id: ProjectId,
     /// The master's own order of tasks of one project; higher is newer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("maximum" = u64::MAX))]
     pub generation: Option<u64>,
     /// Upstream; required for `clone`. Never with a user, password or token in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 2048), regex(pattern = r"^(https|http|ssh|file)://[^\s\\?#]+$"))]
     pub git_url: Option<String>,
     /// Branch to clone; the upstream's default branch where none of `branch`, `tag`, `commit` is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 250), regex(pattern = super::names::REF_PATTERN))]
     pub branch: Option<String>,
     /// Tag to clone, instead of `branch`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 250), regex(pattern = super::names::REF_PATTERN))]
     pub tag: Option<String>,
     /// Commit to clone, 40 hexadecimal digits, instead of `branch`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^(?!0{40}$)[0-9A-Fa-f]{40}$"))]
     pub commit: Option<String>,
     /// The commit that `branch` or `tag` must point to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^(?!0{40}$)[0-9A-Fa-f]{40}$"))]
     pub expect_commit: Option<String>,
     /// Number of commits of history to fetch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = u32::MAX))]
     pub depth: Option<u32>,
     /// Fetch the wanted branch only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -106,12 +121,15 @@ pub struct TaskMessage {
     pub lfs: Option<bool>,
     /// User and group that shall own the project, `"uid:gid"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^(?!0+:)[0-9]{1,10}:(?!0+$)[0-9]{1,10}$"))]
     pub owner: Option<String>,
     /// Directory of the project, one component under the projects directory; required for `clone`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255), regex(pattern = super::names::TARGET_PATTERN))]
     pub target_path: Option<String>,
     /// Name of a credential that the agent resolves on its node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"))]
     pub credential: Option<String>,
     /// Deadline of one attempt, in seconds; at most the operator's `git.max_timeout`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -350,22 +368,26 @@ fn work(message: TaskMessage) -> Result<Work, Failure> {
     let target = message.target_path.clone().map(TargetPath::new).transpose()?;
     let url = message.git_url.as_deref().map(GitUrl::parse).transpose()?;
     let credential = message.credential.clone().map(CredentialName::new).transpose()?;
+    // Checked for every kind, so that the schema and this program refuse the same.
+    let revision = revision(&message)?;
+    let expect_commit = message.expect_commit.clone().map(|oid| commit("expect_commit", oid)).transpose()?;
+    let owner = message.owner.as_deref().map(Owner::parse).transpose()?;
+    if message.depth == Some(0) {
+        return Err(Failure::invalid("depth must be at least 1"));
+    }
     let missing = |field: &str| Failure::invalid(format!("a {kind} task needs {field}"));
     Ok(match kind {
         Kind::Clone => Work::Clone(Box::new(CloneTask {
             url: url.ok_or_else(|| missing("git_url"))?,
-            revision: revision(&message)?,
-            expect_commit: message.expect_commit.map(|oid| commit("expect_commit", oid)).transpose()?,
+            revision,
+            expect_commit,
             target: target.ok_or_else(|| missing("target_path"))?,
             credential,
-            depth: match message.depth {
-                Some(0) => return Err(Failure::invalid("depth must be at least 1")),
-                depth => depth,
-            },
+            depth: message.depth,
             single_branch: message.single_branch.unwrap_or(false),
             submodules: message.submodules.unwrap_or(false),
             lfs: message.lfs.unwrap_or(false),
-            owner: message.owner.as_deref().map(Owner::parse).transpose()?,
+            owner,
         })),
         Kind::Pull => {
             Work::Pull(PullTask { target, url, credential, on_conflict: message.on_conflict.unwrap_or_default() })
@@ -381,7 +403,7 @@ fn revision(message: &TaskMessage) -> Result<Revision, Failure> {
         (Some(branch), None, None) => Ok(Revision::Branch(RefName::new("branch", branch)?)),
         (None, Some(tag), None) => Ok(Revision::Tag(RefName::new("tag", tag)?)),
         (None, None, Some(oid)) => Ok(Revision::Commit(commit("commit", oid.clone())?)),
-        _ => Err(Failure::invalid("a clone takes one of branch, tag and commit")),
+        _ => Err(Failure::invalid("a task takes one of branch, tag and commit")),
     }
 }
 

@@ -7,6 +7,7 @@ pub mod header;
 
 mod decode;
 mod headers;
+mod redact;
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     decode::{Identity, Undecodable, decode_control, decode_task},
     headers::{CopyHeaders, HeaderValue, Headers},
+    redact::without_secrets,
 };
 use super::{ControlMessage, Event, TaskMessage};
 
