@@ -1,5 +1,7 @@
 //! The contract as files: what is under `schemas/` is what the program prints, takes and refuses.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers are tests too")]
+
 use std::{collections::BTreeMap, path::PathBuf};
 
 use haul::{

@@ -36,11 +36,12 @@ fn is_credential(field: &Value) -> bool {
     field.is_null() || field.as_str().is_some_and(|name| CredentialName::new(name).is_ok())
 }
 
+/// Whether anything was found; every part is looked at.
 fn redact_value(value: &mut Value) -> bool {
     match value {
         Value::String(text) => redact_addresses(text).map(|redacted| *text = redacted).is_some(),
-        Value::Array(items) => items.iter_mut().fold(false, |found, item| redact_value(item) || found),
-        Value::Object(fields) => fields.values_mut().fold(false, |found, field| redact_value(field) || found),
+        Value::Array(items) => items.iter_mut().map(redact_value).filter(|&found| found).count() > 0,
+        Value::Object(fields) => fields.values_mut().map(redact_value).filter(|&found| found).count() > 0,
         Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }
