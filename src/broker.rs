@@ -2,6 +2,7 @@
 //!
 //! The face speaks our own words; `lapin` is written only below this module.
 
+mod inbox;
 pub mod memory;
 pub mod rabbitmq;
 pub mod settings;
@@ -10,8 +11,9 @@ pub mod topology;
 use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
+pub use inbox::Inbox;
 pub use topology::{Names, Topology};
 
 use crate::protocol::wire::Message;
@@ -187,6 +189,11 @@ pub struct StaleDelivery;
 pub trait Settle: Send + Sync {
     /// Settles the delivery; fails if its channel is gone.
     async fn settle(&self, settlement: Settlement) -> Result<(), StaleDelivery>;
+
+    /// Whether it is known already that settling would fail.
+    fn is_stale(&self) -> bool {
+        false
+    }
 }
 
 /// One arrival of a message; settled exactly once, by value.
@@ -242,6 +249,12 @@ impl Delivery {
         }
     }
 
+    /// Whether its channel is gone: the broker delivers it again, and this one is of no more use.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.settle.as_ref().is_none_or(|settle| settle.is_stale())
+    }
+
     /// Leaves it to its channel: when that closes the broker delivers it again.
     pub fn abandon(mut self) {
         self.settle = None;
@@ -269,9 +282,10 @@ impl fmt::Debug for Delivery {
 
 /// A running consumer: the receiving end of a session loop that the backend keeps alive.
 ///
-/// Dropping it ends the session: what is unsettled is delivered again, to whoever consumes next.
+/// Dropping it ends the session: what was not handed out is delivered again, to whoever consumes next. Deliveries in
+/// hand can still be settled; the channel closes once the last of them is settled or dropped.
 pub struct Consumer {
-    deliveries: mpsc::Receiver<Delivery>,
+    inbox: Arc<Inbox>,
     stop: watch::Sender<bool>,
     health: watch::Receiver<Health>,
 }
@@ -279,17 +293,13 @@ pub struct Consumer {
 impl Consumer {
     /// Ties the ends together; for backends.
     #[must_use]
-    pub fn new(
-        deliveries: mpsc::Receiver<Delivery>,
-        stop: watch::Sender<bool>,
-        health: watch::Receiver<Health>,
-    ) -> Self {
-        Self { deliveries, stop, health }
+    pub fn new(inbox: Arc<Inbox>, stop: watch::Sender<bool>, health: watch::Receiver<Health>) -> Self {
+        Self { inbox, stop, health }
     }
 
-    /// The next delivery; `None` once [`Consumer::stop`] took effect.
+    /// The next delivery; `None` once [`Consumer::stop`] took effect. Nothing is lost if the future is dropped.
     pub async fn next(&mut self) -> Option<Delivery> {
-        self.deliveries.recv().await
+        self.inbox.next().await
     }
 
     /// Takes no more: the consumer is cancelled, what was not handed out yet is given back; deliveries in hand can

@@ -1,1 +1,369 @@
-//! An in-memory broker.
+//! A broker in memory: exchanges, queues, dead-lettering and redelivery as RabbitMQ has them, in no time.
+//!
+//! It keeps tokio's time, so a test that pauses the clock lets an hour of retries pass at once. Clones share one
+//! broker. What goes wrong with a real broker can be made to go wrong here: [`Memory::cut`],
+//! [`Memory::delete_queue`], [`Memory::set_limit`], [`Memory::refuse_publishes`], [`Memory::lose_confirm_once`].
+
+mod queue;
+mod session;
+mod state;
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
+
+use self::{
+    queue::Attached,
+    session::{Hold, Tag},
+    state::{Alarm, State},
+};
+use super::{
+    Broker, BrokerError, Browse, Consume, Consumer, Delivery, Depth, Health, Inbox, Outgoing, PublishError, Settlement,
+    StaleDelivery, Topology, inbox::stopped,
+};
+use crate::protocol::wire::Message;
+
+/// How long a consumer takes to come back after its session was lost.
+const RECONNECT: Duration = Duration::from_millis(100);
+
+/// An in-memory broker.
+#[derive(Clone)]
+pub struct Memory(Arc<Shared>);
+
+struct Shared {
+    state: Mutex<State>,
+    /// Sessions look whether they still live.
+    ended: Notify,
+    health: watch::Sender<Health>,
+    me: Weak<Shared>,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Memory {
+    /// An empty broker.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Arc::new_cyclic(|me| Shared {
+            state: Mutex::default(),
+            ended: Notify::new(),
+            health: watch::Sender::new(Health::Up),
+            me: me.clone(),
+        }))
+    }
+
+    /// Breaks all connections: what is unsettled is delivered again, and consumers come back a moment later.
+    pub fn cut(&self) {
+        let lost: Vec<_> = self.0.lock().queues.values_mut().flat_map(|queue| queue.consumers.drain(..)).collect();
+        self.end(lost);
+    }
+
+    /// Deletes a queue with what is in it; its consumers are cancelled.
+    pub fn delete_queue(&self, name: &str) {
+        let mut state = self.0.lock();
+        state.bindings.retain(|binding| binding.queue != name);
+        let gone = state.queues.remove(name);
+        drop(state);
+        self.end(gone.map(|queue| queue.consumers).unwrap_or_default());
+    }
+
+    /// Makes a queue refuse messages while it holds `limit` of them; `None` lifts it.
+    pub fn set_limit(&self, queue: &str, limit: impl Into<Option<usize>>) {
+        if let Some(queue) = self.0.lock().queues.get_mut(queue) {
+            queue.limit = limit.into();
+        }
+    }
+
+    /// Refuses every publish, or none any more.
+    pub fn refuse_publishes(&self, refuse: bool) {
+        self.0.lock().refusing = refuse;
+    }
+
+    /// Takes the next message but loses its confirm, as if the connection broke in between.
+    pub fn lose_confirm_once(&self) {
+        self.0.lock().losing = true;
+    }
+
+    /// What is ready in a queue, in its order.
+    #[must_use]
+    pub fn messages(&self, queue: &str) -> Vec<Message> {
+        let state = self.0.lock();
+        let ready = state.queues.get(queue).map(|queue| &queue.ready);
+        ready.into_iter().flat_map(|ready| ready.values()).map(|entry| entry.message.clone()).collect()
+    }
+
+    /// All that was published and taken, in order.
+    #[must_use]
+    pub fn published(&self) -> Vec<Outgoing> {
+        self.0.lock().published.clone()
+    }
+
+    /// Ends sessions; not under the lock, since each gives back what it holds.
+    fn end(&self, lost: Vec<Attached>) {
+        for attached in &lost {
+            attached.hold.end();
+            attached.inbox.forget_stale();
+        }
+        drop(lost);
+        self.0.ended.notify_waiters();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands ready messages to consumers with room.
+    fn pump(&self, state: &mut State, queues: impl IntoIterator<Item = String>) {
+        for name in queues {
+            loop {
+                let number = state.number();
+                let Some(queue) = state.queues.get_mut(&name).filter(|queue| !queue.ready.is_empty()) else { break };
+                let Some((hold, inbox)) =
+                    queue.next_consumer().map(|next| (Arc::clone(&next.hold), Arc::clone(&next.inbox)))
+                else {
+                    break;
+                };
+                if let Some(entry) = queue.take(number, hold.id()) {
+                    inbox.put(deliver(entry, number, hold));
+                }
+            }
+        }
+    }
+
+    /// Looks at each queue when its time has come.
+    fn set(&self, alarms: Vec<Alarm>) {
+        for (queue, at) in alarms {
+            let me = self.me.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep_until(at).await;
+                let Some(shared) = me.upgrade() else { return };
+                let mut state = shared.lock();
+                let (touched, alarms) = state.expire(&queue, Instant::now());
+                shared.pump(&mut state, touched);
+                drop(state);
+                shared.set(alarms);
+            });
+        }
+    }
+
+    fn settle(&self, queue: &str, number: u64, settlement: Settlement) -> Result<(), StaleDelivery> {
+        let mut state = self.lock();
+        let home = state.queues.get_mut(queue).ok_or(StaleDelivery)?;
+        let mut touched = BTreeSet::from([queue.to_owned()]);
+        let mut alarms = Vec::new();
+        match settlement {
+            Settlement::Requeue if home.out.contains_key(&number) => home.give_back(number),
+            Settlement::Requeue => return Err(StaleDelivery),
+            Settlement::Ack => drop(home.out.remove(&number).ok_or(StaleDelivery)?),
+            Settlement::Reject => {
+                let entry = home.out.remove(&number).ok_or(StaleDelivery)?.entry;
+                let (queues, more) = state.bury(queue, entry, "rejected", Instant::now());
+                touched.extend(queues);
+                alarms = more;
+            }
+        }
+        self.pump(&mut state, touched);
+        drop(state);
+        self.set(alarms);
+        Ok(())
+    }
+
+    fn give_back(&self, queue: &str, session: u64) {
+        let mut state = self.lock();
+        if let Some(queue) = state.queues.get_mut(queue) {
+            queue.give_back_all(session);
+        }
+        self.pump(&mut state, [queue.to_owned()]);
+    }
+
+    fn attach(&self, consume: &Consume, inbox: &Arc<Inbox>) -> Result<Arc<Hold>, BrokerError> {
+        let me = self.me.upgrade().ok_or_else(|| no_queue(&consume.queue))?;
+        let mut state = self.lock();
+        state.declare(&consume.declare)?;
+        let hold = Hold::new(state.number(), &consume.queue, &me);
+        let Some(queue) = state.queues.get_mut(&consume.queue) else {
+            drop(state);
+            return Err(no_queue(&consume.queue));
+        };
+        let attached = Attached { hold: Arc::clone(&hold), inbox: Arc::clone(inbox), prefetch: consume.prefetch };
+        queue.consumers.push(attached);
+        self.pump(&mut state, [consume.queue.clone()]);
+        Ok(hold)
+    }
+
+    /// Takes a consumer off its queue; what it holds is returned to be let go outside of the lock.
+    fn detach(&self, hold: &Hold) -> Vec<Attached> {
+        let mut state = self.lock();
+        let mut gone = Vec::new();
+        for queue in state.queues.values_mut() {
+            let (out, rest) = queue.consumers.drain(..).partition(|consumer| consumer.hold.id() == hold.id());
+            gone.extend::<Vec<_>>(out);
+            queue.consumers = rest;
+        }
+        let queues: Vec<_> = state.queues.keys().cloned().collect();
+        self.pump(&mut state, queues);
+        gone
+    }
+}
+
+fn no_queue(queue: &str) -> BrokerError {
+    BrokerError::Refused {
+        what: format!("queue {queue:?}"),
+        reason: format!("NOT_FOUND - no queue '{queue}' in vhost '/'"),
+    }
+}
+
+fn deliver(entry: queue::Entry, number: u64, hold: Arc<Hold>) -> Delivery {
+    let settle = Arc::new(Tag { number, hold });
+    Delivery::new(entry.message, entry.exchange, entry.routing_key, entry.redelivered, settle)
+}
+
+/// The loop behind one consumer.
+async fn sessions(
+    broker: Weak<Shared>,
+    consume: Consume,
+    inbox: Arc<Inbox>,
+    mut stop: watch::Receiver<bool>,
+    health: watch::Sender<Health>,
+    mut hold: Arc<Hold>,
+) {
+    loop {
+        health.send_replace(Health::Up);
+        loop {
+            let Some(shared) = broker.upgrade() else { return inbox.close() };
+            let ended = shared.ended.notified();
+            tokio::pin!(ended);
+            ended.as_mut().enable();
+            if !hold.is_alive() {
+                break;
+            }
+            tokio::select! {
+                () = stopped(&mut stop) => {
+                    drop(shared.detach(&hold));
+                    for delivery in inbox.drain() {
+                        // It was taken back from under us: then it is in its queue already.
+                        let _ = delivery.requeue().await;
+                    }
+                    health.send_replace(Health::Down);
+                    return;
+                }
+                () = ended => {}
+            }
+        }
+        health.send_replace(Health::Down);
+        hold = loop {
+            tokio::select! {
+                () = stopped(&mut stop) => return inbox.close(),
+                () = tokio::time::sleep(RECONNECT) => {}
+            }
+            let Some(shared) = broker.upgrade() else { return inbox.close() };
+            if let Ok(hold) = shared.attach(&consume, &inbox) {
+                break hold;
+            }
+        };
+    }
+}
+
+#[async_trait]
+impl Broker for Memory {
+    async fn publish(&self, outgoing: Outgoing) -> Result<(), PublishError> {
+        let mut state = self.0.lock();
+        let (verdict, alarms) = state.publish(outgoing, Instant::now());
+        let queues: Vec<_> = state.queues.keys().cloned().collect();
+        self.0.pump(&mut state, queues);
+        drop(state);
+        self.0.set(alarms);
+        verdict
+    }
+
+    async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError> {
+        let inbox = Arc::new(Inbox::default());
+        let hold = self.0.attach(&consume, &inbox)?;
+        let (stop, stopped) = watch::channel(false);
+        let (health_out, health) = watch::channel(Health::Up);
+        tokio::spawn(sessions(Arc::downgrade(&self.0), consume, Arc::clone(&inbox), stopped, health_out, hold));
+        Ok(Consumer::new(inbox, stop, health))
+    }
+
+    async fn browse(&self, queue: &str) -> Result<Box<dyn Browse>, BrokerError> {
+        let mut state = self.0.lock();
+        if !state.queues.contains_key(queue) {
+            return Err(no_queue(queue));
+        }
+        let hold = Hold::new(state.number(), queue, &self.0);
+        Ok(Box::new(Reader { queue: queue.to_owned(), shared: Arc::clone(&self.0), hold }))
+    }
+
+    async fn declare(&self, topology: &Topology) -> Result<(), BrokerError> {
+        self.0.lock().declare(topology)
+    }
+
+    async fn missing(&self, topology: &Topology) -> Result<Vec<String>, BrokerError> {
+        let state = self.0.lock();
+        let exchanges = topology.exchanges.iter().map(|exchange| &exchange.name);
+        let queues = topology.queues.iter().map(|queue| &queue.name);
+        let absent = exchanges
+            .filter(|name| !state.exchanges.contains_key(*name))
+            .chain(queues.filter(|name| !state.queues.contains_key(*name)));
+        Ok(absent.cloned().collect())
+    }
+
+    async fn depth(&self, queue: &str) -> Result<Option<Depth>, BrokerError> {
+        let state = self.0.lock();
+        Ok(state.queues.get(queue).map(|queue| Depth {
+            messages: u32::try_from(queue.ready.len()).unwrap_or(u32::MAX),
+            consumers: u32::try_from(queue.consumers.len()).unwrap_or(u32::MAX),
+        }))
+    }
+
+    fn health(&self) -> watch::Receiver<Health> {
+        self.0.health.subscribe()
+    }
+
+    async fn close(&self) {
+        self.0.health.send_replace(Health::Down);
+        self.cut();
+    }
+}
+
+struct Reader {
+    queue: String,
+    shared: Arc<Shared>,
+    hold: Arc<Hold>,
+}
+
+#[async_trait]
+impl Browse for Reader {
+    async fn next(&mut self) -> Result<Option<Delivery>, BrokerError> {
+        let mut state = self.shared.lock();
+        let number = state.number();
+        let queue = state.queues.get_mut(&self.queue).ok_or_else(|| no_queue(&self.queue))?;
+        let read = queue.take(number, self.hold.id());
+        Ok(read.map(|entry| deliver(entry, number, Arc::clone(&self.hold))))
+    }
+
+    async fn give_back(self: Box<Self>) -> Result<(), BrokerError> {
+        self.hold.end();
+        Ok(())
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.hold.end();
+    }
+}

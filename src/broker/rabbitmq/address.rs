@@ -1,0 +1,102 @@
+//! A broker's address, with its secrets kept apart.
+
+use std::fmt;
+
+use lapin::uri::{AMQPScheme, AMQPUri};
+use secrecy::{ExposeSecret, SecretString};
+
+use crate::broker::BrokerError;
+
+/// Where a broker listens and who we are there. Prints without user and password.
+#[derive(Clone)]
+pub(super) struct Address {
+    /// Host name or address, without brackets.
+    pub(super) host: String,
+    /// Port.
+    pub(super) port: u16,
+    /// Whether the connection is encrypted.
+    pub(super) tls: bool,
+    uri: AMQPUri,
+}
+
+impl Address {
+    /// Reads one entry of `broker.urls`; `heartbeat` in seconds holds unless the address has its own.
+    pub(super) fn parse(text: &SecretString, heartbeat: u16) -> Result<Self, BrokerError> {
+        // The parser's own words may quote the address, and with it the password.
+        let wrong = || BrokerError::Settings("broker.urls has an entry that is not an AMQP address".to_owned());
+        let mut uri: AMQPUri = text.expose_secret().parse().map_err(|_| wrong())?;
+        let url = url::Url::parse(text.expose_secret()).map_err(|_| wrong())?;
+        let host = match url.host() {
+            Some(url::Host::Ipv6(ip)) => ip.to_string(),
+            Some(host) => percent_encoding::percent_decode_str(&host.to_string()).decode_utf8_lossy().into_owned(),
+            None => return Err(wrong()),
+        };
+        uri.query.heartbeat.get_or_insert(heartbeat);
+        let (port, tls) = (uri.authority.port, uri.scheme == AMQPScheme::AMQPS);
+        Ok(Self { host, port, tls, uri })
+    }
+
+    /// The address as lapin gets it: identity and tuning only, since dialling and TLS are ours.
+    pub(super) fn for_lapin(&self) -> String {
+        let mut uri = self.uri.clone();
+        uri.scheme = AMQPScheme::AMQP;
+        "127.0.0.1".clone_into(&mut uri.authority.host);
+        uri.authority.port = 1;
+        uri.to_string()
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.tls { "amqps" } else { "amqp" };
+        if self.host.contains(':') {
+            write!(f, "{scheme}://[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{scheme}://{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Address, BrokerError> {
+        Address::parse(&SecretString::from(text), 4)
+    }
+
+    #[test]
+    fn an_address_prints_without_user_and_password() {
+        let address = parse("amqps://me:canary@broker.example/team").unwrap();
+        assert_eq!(format!("{address} {address:?}"), "amqps://broker.example:5671 amqps://broker.example:5671");
+    }
+
+    #[test]
+    fn an_unreadable_address_is_refused_without_repeating_it() {
+        for text in ["amqp:canary", "amqp://u:canary@host:port/", "http://u:canary@host/", "canary"] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains("broker.urls") && !error.contains("canary"), "{error}");
+        }
+    }
+
+    #[test]
+    fn addresses_of_version_six_keep_their_host() {
+        let address = parse("amqp://u:p@[::1]:5673/%2f").unwrap();
+        assert_eq!((address.host.as_str(), address.port), ("::1", 5673));
+        assert_eq!(address.to_string(), "amqp://[::1]:5673");
+    }
+
+    #[test]
+    fn identity_virtual_host_and_heartbeat_reach_lapin() {
+        let address = parse("amqps://me:p%40ss@broker/team%2fa").unwrap();
+        let uri: AMQPUri = address.for_lapin().parse().unwrap();
+        assert_eq!(uri.authority.userinfo.password, "p@ss");
+        assert_eq!((uri.vhost.as_str(), uri.query.heartbeat), ("team/a", Some(4)));
+    }
+}

@@ -1,0 +1,63 @@
+//! Reading a queue without consuming it.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use lapin::{Channel, Connection, options::BasicNackOptions};
+
+use super::{
+    convert, declare,
+    session::{Hold, Tag},
+};
+use crate::broker::{Browse, BrokerError, Delivery};
+
+/// A reader with a connection of its own: whatever ends it, the broker gives back what it holds.
+pub(super) struct Reader {
+    queue: String,
+    hold: Arc<Hold>,
+    channel: Channel,
+    connection: Connection,
+    /// The last delivery tag that was read.
+    last: Option<u64>,
+}
+
+impl Reader {
+    /// Opens `queue`, which must exist.
+    pub(super) async fn open(connection: Connection, queue: &str) -> Result<Self, BrokerError> {
+        let line = super::link::Line::Own(connection);
+        if declare::depth(&line, queue).await?.is_none() {
+            let reason = "there is no such queue".to_owned();
+            return Err(BrokerError::Refused { what: format!("queue {queue:?}"), reason });
+        }
+        let super::link::Line::Own(connection) = line else { unreachable!("it was made three lines above") };
+        let channel = connection.create_channel().await.map_err(|error| declare::refused("a channel", &error))?;
+        let hold = Hold::new(channel.clone());
+        Ok(Self { queue: queue.to_owned(), hold, channel, connection, last: None })
+    }
+}
+
+#[async_trait]
+impl Browse for Reader {
+    async fn next(&mut self) -> Result<Option<Delivery>, BrokerError> {
+        let read = self.channel.basic_get(convert::cut(&self.queue), declare::reading()).await;
+        let Some(got) = read.map_err(|error| declare::refused(&format!("queue {:?}", self.queue), &error))? else {
+            return Ok(None);
+        };
+        self.last = Some(got.delivery.delivery_tag);
+        Ok(Some(Tag::deliver(got.delivery, &self.hold)))
+    }
+
+    async fn give_back(self: Box<Self>) -> Result<(), BrokerError> {
+        let what = format!("queue {:?}", self.queue);
+        self.hold.end();
+        if let Some(last) = self.last {
+            // One step for all of them: so they return to their places. Those settled before are not affected.
+            let options = BasicNackOptions { multiple: true, requeue: true };
+            self.channel.basic_nack(last, options).await.map_err(|error| declare::refused(&what, &error))?;
+        }
+        // The broker's answer to the close comes after it has dealt with the nack.
+        self.channel.close(200, "read".into()).await.map_err(|error| declare::refused(&what, &error))?;
+        let _ = self.connection.close(200, "read".into()).await;
+        Ok(())
+    }
+}

@@ -1,0 +1,124 @@
+//! Making and checking exchanges, queues and bindings.
+
+use std::future::Future;
+
+use lapin::{
+    Channel, ErrorKind, ExchangeKind as Kind,
+    options::{BasicGetOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    protocol::{AMQPErrorKind, AMQPSoftError},
+    types::FieldTable,
+};
+
+use super::{convert, dial::words, link::Line};
+use crate::{
+    broker::{BrokerError, Depth, Topology, topology::ExchangeKind},
+    protocol::wire::Headers,
+};
+
+/// Declares all of `topology` on `channel`, which is closed by the broker if anything is refused.
+pub(super) async fn declare(channel: &Channel, topology: &Topology) -> Result<(), (String, lapin::Error)> {
+    for exchange in &topology.exchanges {
+        let what = || format!("exchange {:?}", exchange.name);
+        let mut arguments = Headers::new();
+        if let Some(alternate) = &exchange.alternate {
+            arguments.insert("alternate-exchange".to_owned(), alternate.clone().into());
+        }
+        let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        channel
+            .exchange_declare(convert::cut(&exchange.name), kind(exchange.kind), options, convert::table(&arguments))
+            .await
+            .map_err(|error| (what(), error))?;
+    }
+    for queue in &topology.queues {
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel
+            .queue_declare(convert::cut(&queue.name), options, convert::table(&queue.arguments))
+            .await
+            .map_err(|error| (format!("queue {:?}", queue.name), error))?;
+    }
+    for binding in &topology.bindings {
+        let (queue, exchange, key) = (&binding.queue, &binding.exchange, &binding.routing_key);
+        channel
+            .queue_bind(
+                convert::cut(queue),
+                convert::cut(exchange),
+                convert::cut(key),
+                QueueBindOptions::default(),
+                FieldTable::default(),
+            )
+            .await
+            .map_err(|error| (format!("binding of {queue:?} to {exchange:?} by {key:?}"), error))?;
+    }
+    Ok(())
+}
+
+/// The exchanges and queues of `topology` that do not exist.
+pub(super) async fn missing(line: &Line, topology: &Topology) -> Result<Vec<String>, BrokerError> {
+    let mut missing = Vec::new();
+    for exchange in &topology.exchanges {
+        let name = &exchange.name;
+        let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        let ask = async |channel: Channel| {
+            channel.exchange_declare(convert::cut(name), kind(exchange.kind), options, FieldTable::default()).await
+        };
+        if asked(line, &format!("exchange {name:?}"), ask).await?.is_none() {
+            missing.push(name.clone());
+        }
+    }
+    for queue in &topology.queues {
+        if depth(line, &queue.name).await?.is_none() {
+            missing.push(queue.name.clone());
+        }
+    }
+    Ok(missing)
+}
+
+/// Messages and consumers of a queue, if it exists.
+pub(super) async fn depth(line: &Line, queue: &str) -> Result<Option<Depth>, BrokerError> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let ask =
+        async |channel: Channel| channel.queue_declare(convert::cut(queue), options, FieldTable::default()).await;
+    let found = asked(line, &format!("queue {queue:?}"), ask).await?;
+    Ok(found.map(|queue| Depth { messages: queue.message_count(), consumers: queue.consumer_count() }))
+}
+
+/// Asks on a channel of its own, since the broker closes it where the answer is no.
+async fn asked<T, A>(line: &Line, what: &str, ask: impl FnOnce(Channel) -> A) -> Result<Option<T>, BrokerError>
+where
+    A: Future<Output = lapin::Result<T>>,
+{
+    let channel = line.channel().await.map_err(|error| refused(what, &error))?;
+    match ask(channel).await {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if is(&error, &AMQPSoftError::NOTFOUND) => Ok(None),
+        Err(error) => Err(refused(what, &error)),
+    }
+}
+
+/// Whether the channel was closed for this reason.
+pub(super) fn is(error: &lapin::Error, reason: &AMQPSoftError) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(error)
+        if matches!(error.kind(), AMQPErrorKind::Soft(soft) if soft == reason))
+}
+
+/// The broker's no, in our words around its own.
+pub(super) fn refused(what: &str, error: &lapin::Error) -> BrokerError {
+    let reason = words(error);
+    match error.kind() {
+        ErrorKind::ProtocolError(_) => BrokerError::Refused { what: what.to_owned(), reason },
+        _ => BrokerError::Unreachable { address: "the broker".to_owned(), reason: format!("{reason}, asking for {what}") },
+    }
+}
+
+fn kind(kind: ExchangeKind) -> Kind {
+    match kind {
+        ExchangeKind::Direct => Kind::Direct,
+        ExchangeKind::Fanout => Kind::Fanout,
+        ExchangeKind::Topic => Kind::Topic,
+    }
+}
+
+/// Reads one message and leaves it unsettled.
+pub(super) fn reading() -> BasicGetOptions {
+    BasicGetOptions { no_ack: false }
+}

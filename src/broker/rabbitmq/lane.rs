@@ -1,0 +1,330 @@
+//! One confirm-mode channel with many publishes in flight, and a true answer for each.
+//!
+//! A message that no queue takes is returned, then confirmed like any other. lapin hands a returned message out with
+//! whichever confirm it handles next, so the carrier proves nothing: returns are matched by what they say. It pops
+//! them in the order they came, and the broker confirms returned messages in the order of their publishing, so once
+//! a confirm came without a return, or no confirm is outstanding, every return up to then has been handed out.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    pin::Pin,
+    sync::{Arc, Weak},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use lapin::{Channel, Confirmation, ErrorKind, message::BasicReturnMessage, options::BasicPublishOptions};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
+
+use super::{
+    backoff::Waits,
+    convert,
+    dial::words,
+    link::{self, Line, State},
+};
+use crate::broker::{Outgoing, PublishError};
+
+/// Publishes in flight on one channel.
+const WINDOW: usize = 512;
+/// A confirm that carried another's return waits this long for its own, which is in the same bytes from the broker.
+const GRACE: Duration = Duration::from_millis(50);
+
+/// A publish and who waits for it.
+pub(super) struct Request {
+    pub(super) outgoing: Outgoing,
+    pub(super) reply: oneshot::Sender<Result<(), PublishError>>,
+}
+
+impl Request {
+    fn abandoned(&self) -> bool {
+        self.reply.is_closed()
+    }
+
+    /// Whether a returned message is this one.
+    fn is(&self, returned: &BasicReturnMessage) -> bool {
+        let id = returned.properties.message_id().as_ref().map(lapin::types::ShortString::as_str);
+        self.outgoing.exchange == returned.exchange.as_str()
+            && self.outgoing.routing_key == returned.routing_key.as_str()
+            && self.outgoing.message.message_id.as_deref().map(convert::cut).as_ref().map(|id| id.as_str()) == id
+    }
+
+    /// Whether returns could not tell the two apart.
+    fn looks_like(&self, other: &Self) -> bool {
+        let (a, b) = (&self.outgoing, &other.outgoing);
+        a.message.message_id == b.message.message_id && a.exchange == b.exchange && a.routing_key == b.routing_key
+    }
+
+    fn answer(self, verdict: Result<(), PublishError>) {
+        // Nobody waits for it any more: the time was up.
+        let _ = self.reply.send(verdict);
+    }
+
+    fn forbidden(self, reason: &str) {
+        let exchange = self.outgoing.exchange.clone();
+        self.answer(Err(PublishError::Forbidden { exchange, reason: reason.to_owned() }));
+    }
+}
+
+type Confirm = Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>;
+
+/// A publish in flight.
+struct Sent {
+    request: Request,
+    confirm: Option<Confirm>,
+    outcome: Option<Outcome>,
+    returned: bool,
+}
+
+/// What the broker said to it.
+enum Outcome {
+    Confirmed,
+    /// Confirmed, but its confirm carried the return of another at that moment.
+    Doubtful(Instant),
+    Nacked,
+    Broken(lapin::Error),
+}
+
+/// Works until its requests end or the connection is closed for good.
+pub(super) struct Lane {
+    requests: mpsc::Receiver<Request>,
+    link: watch::Receiver<State>,
+    /// Weak, since the pool makes no other connection while this one is in use.
+    channel: Option<(Channel, Weak<Line>)>,
+    backlog: VecDeque<Request>,
+    flight: Vec<Sent>,
+    window: usize,
+    waits: Waits,
+}
+
+impl Lane {
+    /// A lane on the connection behind `link`.
+    pub(super) fn new(requests: mpsc::Receiver<Request>, link: watch::Receiver<State>) -> Self {
+        Self {
+            requests,
+            link,
+            channel: None,
+            backlog: VecDeque::new(),
+            flight: Vec::new(),
+            window: WINDOW,
+            waits: Waits::new(),
+        }
+    }
+
+    /// Publishes what comes.
+    pub(super) async fn run(mut self) {
+        loop {
+            self.backlog.retain(|request| !request.abandoned());
+            if self.backlog.is_empty() && self.flight.is_empty() {
+                self.window = WINDOW;
+                let Some(request) = self.requests.recv().await else { return };
+                self.backlog.push_back(request);
+            }
+            if self.channel.is_none() && !self.open().await {
+                return;
+            }
+            self.send();
+            self.wait().await;
+            self.judge();
+        }
+    }
+
+    /// Opens a channel, however long it takes; `false` if there will be none.
+    async fn open(&mut self) -> bool {
+        loop {
+            let Some(line) = link::up(&mut self.link).await else { return false };
+            let opened = async {
+                let channel = line.channel().await?;
+                channel.confirm_select(lapin::options::ConfirmSelectOptions::default()).await?;
+                Ok::<_, lapin::Error>(channel)
+            };
+            match opened.await {
+                Ok(channel) => {
+                    self.waits.reset();
+                    self.channel = Some((channel, Arc::downgrade(&line)));
+                    return true;
+                }
+                Err(error) => {
+                    tracing::debug!(error = words(&error), "no channel to publish on yet");
+                    tokio::time::sleep(self.waits.next()).await;
+                }
+            }
+        }
+    }
+
+    /// Sends as much of the backlog as the window takes.
+    fn send(&mut self) {
+        let Some((channel, _)) = &self.channel else { return };
+        let mut later = VecDeque::new();
+        while self.flight.len() < self.window
+            && let Some(request) = self.backlog.pop_front()
+        {
+            if request.outgoing.mandatory && self.flight.iter().any(|sent| sent.request.looks_like(&request)) {
+                later.push_back(request);
+                continue;
+            }
+            let (Some(exchange), Some(routing_key)) =
+                (convert::short(&request.outgoing.exchange), convert::short(&request.outgoing.routing_key))
+            else {
+                request.forbidden("a name or routing key is longer than 255 bytes");
+                continue;
+            };
+            let (channel, outgoing) = (channel.clone(), &request.outgoing);
+            let options = BasicPublishOptions { mandatory: outgoing.mandatory, immediate: false };
+            let (body, properties) = (outgoing.message.body.clone(), convert::properties(&outgoing.message));
+            let confirm: Confirm = Box::pin(async move {
+                channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await
+            });
+            self.flight.push(Sent { request, confirm: Some(confirm), outcome: None, returned: false });
+        }
+        later.append(&mut self.backlog);
+        self.backlog = later;
+    }
+
+    /// Waits for a confirm or a request.
+    async fn wait(&mut self) {
+        let doubt = self.flight.iter().filter_map(|sent| match sent.outcome {
+            Some(Outcome::Doubtful(since)) => Some(since + GRACE),
+            _ => None,
+        });
+        let doubt = doubt.min();
+        let (flight, requests) = (&mut self.flight, &mut self.requests);
+        tokio::select! {
+            biased;
+            () = poll_fn(|cx| listen(flight, cx)) => {}
+            () = tokio::time::sleep_until(doubt.unwrap_or_else(Instant::now)), if doubt.is_some() => {}
+            // Before more is taken, what was taken is sent; a closed queue of requests is no news while some fly.
+            Some(request) = requests.recv(), if self.backlog.is_empty() && flight.len() < self.window => {
+                self.backlog.push_back(request);
+                while self.backlog.len() < WINDOW && let Ok(request) = requests.try_recv() {
+                    self.backlog.push_back(request);
+                }
+            }
+            // Requests ended with publishes in flight whose askers may have gone: do not spin, look again soon.
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+    }
+
+    /// Answers whom it can.
+    fn judge(&mut self) {
+        let broken = self.flight.iter().find_map(|sent| match &sent.outcome {
+            Some(Outcome::Broken(error)) => Some(error.clone()),
+            _ => None,
+        });
+        let outstanding = broken.is_none() && self.flight.iter().any(|sent| sent.outcome.is_none());
+        let now = Instant::now();
+        let mut flying = Vec::with_capacity(self.flight.len());
+        let mut unanswered = Vec::new();
+        for sent in self.flight.drain(..) {
+            let Outgoing { exchange, routing_key, mandatory, .. } = &sent.request.outgoing;
+            match sent.outcome {
+                _ if sent.returned => {
+                    let (exchange, routing_key) = (exchange.clone(), routing_key.clone());
+                    sent.request.answer(Err(PublishError::Unroutable { exchange, routing_key }));
+                }
+                Some(Outcome::Nacked) => {
+                    let exchange = exchange.clone();
+                    sent.request.answer(Err(PublishError::Refused { exchange }));
+                }
+                Some(Outcome::Doubtful(since)) if *mandatory && outstanding && now < since + GRACE => flying.push(sent),
+                Some(Outcome::Confirmed | Outcome::Doubtful(_)) => sent.request.answer(Ok(())),
+                Some(Outcome::Broken(_)) => unanswered.push(sent.request),
+                None if broken.is_some() => unanswered.push(sent.request),
+                None => flying.push(sent),
+            }
+        }
+        self.flight = flying;
+        if let Some(error) = broken {
+            self.channel = None;
+            self.again(unanswered, &error);
+        }
+        self.shed();
+    }
+
+    /// Sorts out who broke the channel; everybody else is sent again.
+    fn again(&mut self, unanswered: Vec<Request>, error: &lapin::Error) {
+        let alone = self.window == 1;
+        let mut found = alone;
+        for request in unanswered.into_iter().rev() {
+            let exchange = match request.outgoing.exchange.as_str() {
+                "" => "'amq.default'".to_owned(),
+                name => format!("'{name}'"),
+            };
+            // Only a channel error is somebody's fault, and it names the exchange where it was one's.
+            let reason = words(error);
+            if is_fault(error) && (alone || reason.contains(&exchange)) {
+                found = true;
+                request.forbidden(&reason);
+            } else {
+                self.backlog.push_front(request);
+            }
+        }
+        // It was somebody's fault and nobody knows whose: one at a time until all of them are through.
+        if is_fault(error) && !found {
+            self.window = 1;
+        }
+    }
+
+    /// Gives up a channel half of whose window is taken by confirms that nobody waits for any more.
+    fn shed(&mut self) {
+        let Some(line) = self.channel.as_ref().and_then(|(_, line)| line.upgrade()) else { return };
+        let abandoned = self.flight.iter().filter(|sent| sent.request.abandoned()).count();
+        if abandoned > 0 && abandoned * 2 >= self.window && !line.blocked() {
+            tracing::warn!(publishes = abandoned, "the broker confirms nothing; opening another channel");
+            self.channel = None;
+            for sent in self.flight.drain(..).rev() {
+                self.backlog.push_front(sent.request);
+            }
+        }
+    }
+}
+
+/// Whether the broker closed the channel for something that was sent on it.
+fn is_fault(error: &lapin::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(error)
+        if matches!(error.kind(), lapin::protocol::AMQPErrorKind::Soft(_)))
+}
+
+/// Polls every confirm until a whole round brings nothing new: what was confirmed before the last that was seen has
+/// then been seen too, with the returns it carried.
+fn listen(flight: &mut [Sent], cx: &mut Context<'_>) -> Poll<()> {
+    let mut any = false;
+    loop {
+        let mut carried = Vec::new();
+        let mut fresh = 0;
+        for sent in flight.iter_mut() {
+            let Some(confirm) = &mut sent.confirm else { continue };
+            let Poll::Ready(confirmed) = confirm.as_mut().poll(cx) else { continue };
+            sent.confirm = None;
+            fresh += 1;
+            sent.outcome = Some(match confirmed {
+                Ok(Confirmation::Ack(None)) => Outcome::Confirmed,
+                Ok(Confirmation::Ack(Some(returned))) => {
+                    let own = sent.request.is(&returned);
+                    carried.push(returned);
+                    if own { Outcome::Confirmed } else { Outcome::Doubtful(Instant::now()) }
+                }
+                Ok(Confirmation::Nack(returned)) => {
+                    carried.extend(returned);
+                    Outcome::Nacked
+                }
+                Ok(Confirmation::NotRequested) => {
+                    Outcome::Broken(ErrorKind::InvalidChannelState(lapin::ChannelState::Error, "no confirms").into())
+                }
+                Err(error) => Outcome::Broken(error),
+            });
+        }
+        for returned in carried {
+            if let Some(sent) = flight.iter_mut().find(|sent| sent.request.is(&returned)) {
+                sent.returned = true;
+            }
+        }
+        any |= fresh > 0;
+        if fresh == 0 {
+            return if any { Poll::Ready(()) } else { Poll::Pending };
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! A consumer that outlives its sessions: after any fault a new channel and a new tag, and no ack of an old one.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures_util::StreamExt as _;
+use lapin::{
+    Acker, Channel,
+    options::{
+        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions,
+    },
+    protocol::AMQPSoftError,
+    types::{FieldTable, ShortString},
+};
+use tokio::sync::{oneshot, watch};
+
+use super::{
+    backoff::Waits,
+    convert, declare,
+    dial::{is_refusal, words},
+    link::{Line, State},
+};
+use crate::broker::{BrokerError, Consume, Delivery, Health, Inbox, Settle, Settlement, StaleDelivery, inbox::stopped};
+
+/// For the broker's part in opening or closing a session.
+const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a quiet session is looked at: a lost channel is noticed even if nothing said so.
+const GLANCE: Duration = Duration::from_secs(1);
+
+/// Keeps a channel open while deliveries of it are in hand, and knows when they can no longer be settled.
+pub(super) struct Hold {
+    alive: AtomicBool,
+    _channel: Channel,
+}
+
+impl Hold {
+    pub(super) fn new(channel: Channel) -> Arc<Self> {
+        Arc::new(Self { alive: AtomicBool::new(true), _channel: channel })
+    }
+
+    /// From now on nothing is sent for its deliveries.
+    pub(super) fn end(&self) {
+        self.alive.store(false, Ordering::SeqCst);
+    }
+}
+
+/// The right to settle one delivery of one session.
+pub(super) struct Tag {
+    acker: Acker,
+    hold: Arc<Hold>,
+}
+
+impl Tag {
+    /// Wraps what lapin delivered.
+    pub(super) fn deliver(arrived: lapin::message::Delivery, hold: &Arc<Hold>) -> Delivery {
+        let tag = Self { acker: arrived.acker, hold: Arc::clone(hold) };
+        Delivery::new(
+            convert::message(&arrived.properties, arrived.data),
+            arrived.exchange.to_string(),
+            arrived.routing_key.to_string(),
+            arrived.redelivered,
+            Arc::new(tag),
+        )
+    }
+}
+
+#[async_trait]
+impl Settle for Tag {
+    async fn settle(&self, settlement: Settlement) -> Result<(), StaleDelivery> {
+        if self.is_stale() {
+            return Err(StaleDelivery);
+        }
+        let settled = match settlement {
+            Settlement::Ack => self.acker.ack(BasicAckOptions::default()).await,
+            Settlement::Requeue => self.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await,
+            Settlement::Reject => self.acker.reject(BasicRejectOptions { requeue: false }).await,
+        };
+        match settled {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(StaleDelivery),
+        }
+    }
+
+    fn is_stale(&self) -> bool {
+        !self.hold.alive.load(Ordering::SeqCst) || self.acker.poisoned()
+    }
+}
+
+/// Why a session ended.
+enum End {
+    /// The consumer was stopped or dropped.
+    Asked,
+    /// Anything else.
+    Fault(String),
+}
+
+/// Why a session could not be opened.
+struct Failure {
+    what: String,
+    error: Option<lapin::Error>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.error {
+            Some(error) => write!(f, "{}: {}", self.what, words(error)),
+            None => write!(f, "{}: no answer in time", self.what),
+        }
+    }
+}
+
+/// The loop behind one consumer.
+pub(super) struct Sessions {
+    pub(super) consume: Consume,
+    pub(super) link: watch::Receiver<State>,
+    pub(super) inbox: Arc<Inbox>,
+    pub(super) stop: watch::Receiver<bool>,
+    pub(super) health: watch::Sender<Health>,
+}
+
+struct Session {
+    channel: Channel,
+    stream: lapin::Consumer,
+    hold: Arc<Hold>,
+    tag: ShortString,
+    line: Arc<Line>,
+}
+
+impl Sessions {
+    /// Consumes until asked to stop. `first` hears of the first session, or of a refusal that ends it all; while the
+    /// broker cannot be reached it hears at once that there is nothing to wait for.
+    pub(super) async fn run(mut self, first: oneshot::Sender<Result<(), BrokerError>>) {
+        let mut first = Some(first);
+        let mut waits = Waits::new();
+        let mut number = 0_u64;
+        let mut tell = |verdict| first.take().is_some_and(|first| first.send(verdict).is_ok());
+        loop {
+            let line = tokio::select! {
+                biased;
+                () = stopped(&mut self.stop) => break,
+                line = Self::line(&mut self.link, &mut tell) => line,
+            };
+            let Some(line) = line else { break };
+            number += 1;
+            match self.open(line, number).await {
+                Ok(session) => {
+                    waits.reset();
+                    tell(Ok(()));
+                    tracing::info!(broker.queue = self.consume.queue, broker.tag = %session.tag, "consuming");
+                    let end = self.forward(session).await;
+                    self.health.send_replace(Health::Down);
+                    match end {
+                        End::Asked => break,
+                        End::Fault(reason) => tracing::warn!(
+                            broker.queue = self.consume.queue,
+                            error = reason,
+                            "the consumer was lost; consuming again"
+                        ),
+                    }
+                }
+                Err(failure) => {
+                    let refusal = failure.error.as_ref().is_some_and(is_refusal);
+                    if refusal
+                        && let Some(error) = &failure.error
+                        && tell(Err(declare::refused(&failure.what, error)))
+                    {
+                        break;
+                    }
+                    tracing::warn!(broker.queue = self.consume.queue, error = %failure, "cannot consume yet");
+                }
+            }
+            tokio::select! {
+                () = stopped(&mut self.stop) => break,
+                () = tokio::time::sleep(waits.next()) => {}
+            }
+        }
+        self.health.send_replace(Health::Down);
+        self.inbox.close();
+    }
+
+    /// The connection, once there is one.
+    async fn line(
+        link: &mut watch::Receiver<State>,
+        tell: &mut impl FnMut(Result<(), BrokerError>) -> bool,
+    ) -> Option<Arc<Line>> {
+        loop {
+            let state = link.borrow_and_update().clone();
+            match state {
+                State::Up(line) => return Some(line),
+                State::Closed => return None,
+                State::Failed(error) if error.refused => {
+                    if tell(Err(error.into())) {
+                        return None;
+                    }
+                }
+                State::Failed(_) => {
+                    tell(Ok(()));
+                }
+                State::Trying => {}
+            }
+            link.changed().await.ok()?;
+        }
+    }
+
+    async fn open(&self, line: Arc<Line>, number: u64) -> Result<Session, Failure> {
+        let queue = format!("queue {:?}", self.consume.queue);
+        let opening = async {
+            let failed = |what: &str| {
+                let what = what.to_owned();
+                move |error| Failure { what, error: Some(error) }
+            };
+            let mut channel = line.channel().await.map_err(failed("a channel"))?;
+            if let Err((what, error)) = declare::declare(&channel, &self.consume.declare).await {
+                // Whoever may not declare may well consume what others declared.
+                if !declare::is(&error, &AMQPSoftError::ACCESSREFUSED) {
+                    return Err(Failure { what, error: Some(error) });
+                }
+                channel = line.channel().await.map_err(failed("a channel"))?;
+            }
+            let hold = Hold::new(channel.clone());
+            channel
+                .basic_qos(self.consume.prefetch, BasicQosOptions { global: false })
+                .await
+                .map_err(failed("a prefetch window"))?;
+            let tag = convert::cut(&format!("{}-{number}", self.consume.tag));
+            let stream = channel
+                .basic_consume(
+                    convert::cut(&self.consume.queue),
+                    tag.clone(),
+                    BasicConsumeOptions::default(),
+                    FieldTable::default(),
+                )
+                .await
+                .map_err(failed(&queue))?;
+            Ok((channel, stream, hold, tag))
+        };
+        match tokio::time::timeout(STEP_TIMEOUT, opening).await {
+            Ok(Ok((channel, stream, hold, tag))) => Ok(Session { channel, stream, hold, tag, line }),
+            Ok(Err(failure)) => Err(failure),
+            Err(_) => Err(Failure { what: queue, error: None }),
+        }
+    }
+
+    /// Passes deliveries on until the session ends, and cleans up after it.
+    async fn forward(&mut self, mut session: Session) -> End {
+        let mut glance = tokio::time::interval(GLANCE);
+        let end = loop {
+            let health = if session.line.blocked() { Health::Blocked } else { Health::Up };
+            self.health.send_if_modified(|old| std::mem::replace(old, health) != health);
+            tokio::select! {
+                biased;
+                () = stopped(&mut self.stop) => break End::Asked,
+                arrived = session.stream.next() => match arrived {
+                    Some(Ok(arrived)) => self.inbox.put(Tag::deliver(arrived, &session.hold)),
+                    Some(Err(error)) => break End::Fault(words(&error)),
+                    // Also what a consumer timeout looks like, with the channel as if nothing had happened.
+                    None => break End::Fault("the broker cancelled the consumer".to_owned()),
+                },
+                _ = glance.tick() => {
+                    if !session.line.connected() || !session.channel.status().connected() {
+                        break End::Fault("the connection was lost".to_owned());
+                    }
+                }
+            }
+        };
+        match &end {
+            End::Asked => self.wind_up(session).await,
+            End::Fault(_) => {
+                session.hold.end();
+                self.inbox.forget_stale();
+                // The broker may still count the old consumer; it lets go when the channel closes.
+                let goodbye = session.channel.close(200, "starting over".into());
+                let _ = tokio::time::timeout(STEP_TIMEOUT, goodbye).await;
+            }
+        }
+        end
+    }
+
+    /// Cancels, gives back what was not handed out, and leaves the channel to the deliveries in hand.
+    async fn wind_up(&self, mut session: Session) {
+        let cancel = session.channel.basic_cancel(session.tag.clone(), BasicCancelOptions::default());
+        let cancelled = tokio::time::timeout(STEP_TIMEOUT, cancel).await;
+        if !matches!(cancelled, Ok(Ok(()))) {
+            return;
+        }
+        let mut rest = self.inbox.drain();
+        // The cancel is confirmed: what the stream holds now is all there will be.
+        while let Ok(Some(Ok(arrived))) = tokio::time::timeout(Duration::ZERO, session.stream.next()).await {
+            rest.push(Tag::deliver(arrived, &session.hold));
+        }
+        for delivery in rest {
+            if delivery.requeue().await.is_err() {
+                return;
+            }
+        }
+    }
+}
