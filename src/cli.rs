@@ -22,7 +22,11 @@ use std::{future::Future, path::PathBuf, process::ExitCode, sync::Arc};
 use clap::{Args, Parser, Subcommand};
 
 use self::error::CliError;
-use crate::{broker::Broker, config::Config, shutdown::exit};
+use crate::{
+    broker::{Broker, rabbitmq::RabbitMq},
+    config::Config,
+    shutdown::exit,
+};
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 all went well, 1 failed, 2 command line or configuration cannot be used, 3 broker unreachable,
@@ -132,10 +136,11 @@ async fn interrupted() {
     }
 }
 
-/// The broker of the configuration.
+/// The broker of the configuration, which answered just now: a person is told at once where an agent would wait.
 async fn connect(config: &Config) -> Result<Arc<dyn Broker>, CliError> {
-    let _ = config;
-    Err(CliError::Refused("this build has no broker".to_owned()))
+    let broker = RabbitMq::connect(&config.broker, "haul").await?;
+    broker.about().await?;
+    Ok(Arc::new(broker))
 }
 
 #[cfg(test)]

@@ -318,6 +318,10 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::{
+        broker::memory::Memory,
+        protocol::{Event, ProjectStatus, Status},
+    };
 
     #[derive(Parser)]
     struct Line {
@@ -365,5 +369,107 @@ mod tests {
         ] {
             assert!(parse(&bad).is_err(), "{bad}");
         }
+    }
+
+    fn submission(line: &str) -> (TaskArgs, TaskMessage) {
+        let words = format!("submit {line}");
+        Line::try_parse_from(words.split(' ')).unwrap().command.into_parts()
+    }
+
+    async fn enrolled(node: &str) -> (Arc<dyn Broker>, Memory, Names) {
+        let (memory, names) = (Memory::new(), Names::default());
+        let node = NodeName::new(node).unwrap();
+        let topology = names.shared_topology(&names.master_event()).and(names.node_topology(&node));
+        memory.declare(&topology).await.unwrap();
+        (Arc::new(memory.clone()), memory, names)
+    }
+
+    fn event(task: &TaskMessage, status: Status) -> Message {
+        let event = Event {
+            v: 1,
+            event_id: crate::protocol::new_event_id(),
+            at: Timestamp::now(),
+            node: NodeName::new("n").unwrap(),
+            boot: "b".to_owned(),
+            seq: 1,
+            task_id: task.task_id.clone(),
+            kind: task.kind,
+            project_id: task.project_id,
+            generation: None,
+            project_seq: 0,
+            round: 0,
+            attempt: 1,
+            status,
+            project_status: ProjectStatus::Active,
+            result: None,
+            progress: None,
+            error: None,
+        };
+        Message::event(&event, None)
+    }
+
+    async fn report(memory: &Memory, names: &Names, task: &TaskMessage, status: Status) {
+        let (exchange, routing_key) = (names.event(), format!("n.{}.{status}", task.kind));
+        let message = event(task, status);
+        memory.publish(Outgoing { exchange, routing_key, message, mandatory: false }).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_task_for_a_node_without_a_queue_says_how_to_enrol_it() {
+        let (broker, _, names) = enrolled("other").await;
+        let (args, task) = submission("pull --node n --project-id 42");
+        let error = submit(&broker, &names, &args, &task).await.unwrap_err();
+        assert_eq!(error.code(), exit::TASK);
+        assert_eq!(error.to_string(), "node n is not enrolled: start its agent or run haul topology apply");
+    }
+
+    #[tokio::test]
+    async fn waiting_ends_with_the_terminal_event_of_this_task_only() {
+        for (status, code) in [(Status::Succeeded, exit::OK), (Status::Failed, exit::TASK)] {
+            let (broker, memory, names) = enrolled("n").await;
+            let (args, task) = submission("pull --node n --project-id 42 --wait --json");
+            let agent = async {
+                // Published only after the subscription: what is reported from here on is seen.
+                while memory.published().is_empty() {
+                    tokio::task::yield_now().await;
+                }
+                let stranger = TaskMessage { task_id: TaskId::random(), ..task.clone() };
+                report(&memory, &names, &stranger, Status::Rejected).await;
+                report(&memory, &names, &task, Status::Started).await;
+                report(&memory, &names, &task, status).await;
+            };
+            let (ended, ()) = tokio::join!(submit(&broker, &names, &args, &task), agent);
+            assert_eq!(ended.unwrap(), code);
+            let followers = |outgoing: &Outgoing| outgoing.exchange == names.task();
+            assert_eq!(memory.published().into_iter().filter(followers).count(), 1);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_lost_connection_it_asks_again_since_the_end_may_have_been_missed() {
+        let (broker, memory, names) = enrolled("n").await;
+        let (args, task) = submission("pull --node n --project-id 42 --wait --json");
+        let tasks = || memory.published().into_iter().filter(|outgoing| outgoing.exchange == names.task()).count();
+        let agent = async {
+            while tasks() < 1 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            memory.cut();
+            while tasks() < 2 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            report(&memory, &names, &task, Status::Succeeded).await;
+        };
+        let (ended, ()) = tokio::join!(submit(&broker, &names, &args, &task), agent);
+        assert_eq!(ended.unwrap(), exit::OK);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_no_longer_than_asked_leaves_the_task_alone() {
+        let (broker, _, names) = enrolled("n").await;
+        let (args, task) = submission("pull --node n --project-id 42 --wait --timeout 1m");
+        let error = submit(&broker, &names, &args, &task).await.unwrap_err();
+        assert_eq!(error.code(), exit::TIMED_OUT);
+        assert!(error.to_string().contains("haul events --task"));
     }
 }
