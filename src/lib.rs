@@ -4,6 +4,8 @@
 //! `broker`, `git` and `store`; `execute`; the roles `worker` and `dead`; `cli`. `docs/ARCHITECTURE.md` says more.
 
 pub mod broker;
+pub mod cli;
+pub mod config;
 pub mod execute;
 pub mod failure;
 pub mod git;
@@ -12,5 +14,7 @@ pub mod lock;
 pub mod protocol;
 pub mod retry;
 pub mod schedule;
+pub mod shutdown;
 pub mod store;
+pub mod telemetry;
 pub mod worker;

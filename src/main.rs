@@ -1,3 +1,5 @@
 //! The `haul` binary.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    haul::cli::main()
+}

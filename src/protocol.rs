@@ -8,6 +8,7 @@ mod giturl;
 mod ids;
 mod names;
 mod order;
+pub mod schema;
 mod task;
 pub mod wire;
 
@@ -20,6 +21,8 @@ pub use order::Place;
 pub use task::{
     CloneTask, DeleteTask, Kind, OnConflict, Priority, PullTask, Revision, StatusTask, Task, TaskMessage, Work,
 };
+
+pub(crate) use task::printable;
 
 /// The version of the contract that this program speaks.
 pub const VERSION: u32 = 1;

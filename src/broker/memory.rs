@@ -66,7 +66,10 @@ impl Memory {
 
     /// Breaks all connections: what is unsettled is delivered again, and consumers come back a moment later.
     pub fn cut(&self) {
-        let lost: Vec<_> = self.0.lock().queues.values_mut().flat_map(|queue| queue.consumers.drain(..)).collect();
+        let mut state = self.0.lock();
+        let lost: Vec<_> = state.queues.values_mut().flat_map(|queue| queue.consumers.drain(..)).collect();
+        state.end_sessions();
+        drop(state);
         self.end(lost);
     }
 
@@ -214,6 +217,7 @@ impl Shared {
             gone.extend::<Vec<_>>(out);
             queue.consumers = rest;
         }
+        state.end_sessions();
         let queues: Vec<_> = state.queues.keys().cloned().collect();
         self.pump(&mut state, queues);
         gone

@@ -37,11 +37,24 @@ pub struct Exchange {
     pub alternate: Option<String>,
 }
 
-/// A durable queue.
+/// How long a queue lives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Lifetime {
+    /// Until it is deleted; survives a restart of the broker.
+    #[default]
+    Durable,
+    /// With the connection that declared it: exclusive, auto-delete, not durable. The only kind of queue for
+    /// passers-by (`haul events`, `--wait`): RabbitMQ 4.3 refuses transient queues that are not exclusive.
+    Session,
+}
+
+/// A queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Queue {
     /// Its name.
     pub name: String,
+    /// How long it lives.
+    pub lifetime: Lifetime,
     /// Its arguments, frozen with version 1 of the contract.
     pub arguments: BTreeMap<String, HeaderValue>,
 }
@@ -180,6 +193,7 @@ impl Names {
             bindings: vec![bind(self.task()), bind(self.returned())],
             queues: vec![Queue {
                 name: queue,
+                lifetime: Lifetime::Durable,
                 arguments: arguments([
                     ("x-queue-type", "quorum".into()),
                     ("x-single-active-consumer", HeaderValue::Bool(true)),
@@ -198,8 +212,34 @@ impl Names {
         Topology {
             exchanges: Vec::new(),
             bindings: vec![Binding { exchange: self.control(), queue: queue.clone(), routing_key: node.to_string() }],
-            queues: vec![Queue { name: queue, arguments: arguments([("x-queue-type", "classic".into())]) }],
+            queues: vec![Queue {
+                name: queue,
+                lifetime: Lifetime::Durable,
+                arguments: arguments([("x-queue-type", "classic".into())]),
+            }],
         }
+    }
+
+    /// What somebody who follows events for a while has: a queue that ends with its connection, bound to `patterns`
+    /// (`<node>.<kind>.<status>`, `*` for any).
+    #[must_use]
+    pub fn follow_topology(&self, queue: &str, patterns: &[String]) -> Topology {
+        let bind = |pattern: &String| Binding {
+            exchange: self.event(),
+            queue: queue.to_owned(),
+            routing_key: pattern.clone(),
+        };
+        Topology {
+            exchanges: Vec::new(),
+            queues: vec![Queue { name: queue.to_owned(), lifetime: Lifetime::Session, arguments: BTreeMap::new() }],
+            bindings: patterns.iter().map(bind).collect(),
+        }
+    }
+
+    /// The name of a follower's queue; `unique` tells followers apart.
+    #[must_use]
+    pub fn follow(&self, unique: &str) -> String {
+        format!("{}.follow.{unique}", self.prefix)
     }
 
     /// What the fleet shares. `results` names the master's queue of events; empty for none.
@@ -216,6 +256,7 @@ impl Names {
             ],
             queues: vec![Queue {
                 name: self.dead(),
+                lifetime: Lifetime::Durable,
                 arguments: arguments([("x-queue-type", "quorum".into()), ("x-overflow", "reject-publish".into())]),
             }],
             bindings: vec![Binding { exchange: self.dlx(), queue: self.dead(), routing_key: String::new() }],
@@ -225,6 +266,7 @@ impl Names {
             topology.exchanges.push(exchange(name.clone(), ExchangeKind::Fanout));
             topology.queues.push(Queue {
                 name: name.clone(),
+                lifetime: Lifetime::Durable,
                 arguments: arguments([
                     ("x-queue-type", "quorum".into()),
                     ("x-message-ttl", HeaderValue::Int(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX))),
@@ -238,6 +280,7 @@ impl Names {
         if !results.is_empty() {
             topology.queues.push(Queue {
                 name: results.to_owned(),
+                lifetime: Lifetime::Durable,
                 arguments: arguments([("x-queue-type", "quorum".into()), ("x-overflow", "reject-publish".into())]),
             });
             let statuses = Status::ALL.into_iter().filter(|&status| status != Status::Progress);

@@ -10,7 +10,7 @@ use super::{EventId, NodeName, ProjectId, TaskId};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[schemars(title = "Control")]
 #[schemars(extend("allOf" = [
-    {"if": {"properties": {"command": {"const": "cancel"}}}, "then": {"required": ["task_id"]}},
+    {"if": {"properties": {"command": {"const": "cancel"}}}, "then": {"required": ["task_id"], "properties": {"task_id": {"type": "string"}}}},
 ]))]
 pub struct ControlMessage {
     /// Version of the contract: 1.

@@ -25,6 +25,16 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// What a schema can say of a target path: no reserved beginning, no character that is refused, no odd end.
+pub(super) const TARGET_PATTERN: &str =
+    r#"^(?![.\-~ ])[^/\\:*?"<>|%\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]*(?<![ .])$"#;
+
+/// What a schema can say of the name of a ref: the rules of `git check-ref-format`, but for the length in bytes.
+pub(super) const REF_PATTERN: &str = concat!(
+    r"^(?!refs/)(?![Hh][Ee][Aa][Dd]$)(?!@$)(?!.*(\.\.|@\{|//|/$|\.$|\.[Ll][Oo][Cc][Kk](/|$)))(?![.\-/])(?!.*/[.\-])",
+    r"[^ ~^:?*\[\\\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]+$",
+);
+
 impl TargetPath {
     /// The longest component that common file systems take, in bytes.
     pub const LONGEST: usize = 255;

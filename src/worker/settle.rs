@@ -17,7 +17,7 @@ use crate::{
     journal::{Concluded, Debt, Entry, Envelope, Key, Phase, Ticket},
     protocol::{
         NodeName, Outcome, Place, TaskId,
-        wire::{CopyHeaders, Identity, Message, Undecodable},
+        wire::{CopyHeaders, Identity, Message, Undecodable, without_secrets},
     },
     retry,
 };
@@ -219,7 +219,9 @@ impl Worker {
         let now = self.clock.now();
         tracing::warn!(message.id = message.message_id, error = %failure, "message rejected");
         let copy = CopyOf { message, headers: &headers, node: &self.settings.node, now };
-        let dead = self.dead_envelope(copy.dead_letter(identity.as_ref(), &failure, 0, None));
+        let mut letter = copy.dead_letter(identity.as_ref(), &failure, 0, None);
+        letter.body = without_secrets(&letter.body);
+        let dead = self.dead_envelope(letter);
         let Some(identity) = identity else { return self.deliver(dead, false).await };
         let digest = arrival::digest(message);
         let outcome = Outcome::Rejected(failure);

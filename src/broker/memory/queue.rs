@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::session::Hold;
 use crate::{
-    broker::Inbox,
+    broker::{Inbox, topology::Lifetime},
     protocol::wire::{HeaderValue, Headers, Message},
 };
 
@@ -48,6 +48,7 @@ pub(super) struct Attached {
 #[derive(Default)]
 pub(super) struct Queue {
     pub(super) arguments: Headers,
+    pub(super) lifetime: Lifetime,
     pub(super) ready: BTreeMap<(u8, u64), Entry>,
     pub(super) out: BTreeMap<u64, Out>,
     pub(super) consumers: Vec<Attached>,
@@ -56,8 +57,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn new(arguments: Headers) -> Self {
-        Self { arguments, ..Self::default() }
+    pub(super) fn new(arguments: Headers, lifetime: Lifetime) -> Self {
+        Self { arguments, lifetime, ..Self::default() }
     }
 
     fn int(&self, name: &str) -> Option<u64> {

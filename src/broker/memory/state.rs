@@ -12,7 +12,7 @@ use super::queue::{Entry, Queue};
 use crate::{
     broker::{
         BrokerError, Outgoing, PublishError, Topology,
-        topology::{Binding, Exchange, ExchangeKind},
+        topology::{Binding, Exchange, ExchangeKind, Lifetime},
     },
     protocol::wire::{HeaderValue, Message, header},
 };
@@ -163,6 +163,13 @@ impl State {
         (targets, alarms)
     }
 
+    /// Deletes the queues that lived with a consumer that is gone.
+    pub(super) fn end_sessions(&mut self) {
+        self.queues.retain(|_, queue| queue.lifetime == Lifetime::Durable || !queue.consumers.is_empty());
+        let Self { queues, bindings, .. } = self;
+        bindings.retain(|binding| queues.contains_key(&binding.queue));
+    }
+
     /// Declares all of `topology`.
     pub(super) fn declare(&mut self, topology: &Topology) -> Result<(), BrokerError> {
         let refused = |what: String, reason: String| Err(BrokerError::Refused { what, reason });
@@ -174,8 +181,9 @@ impl State {
             }
         }
         for queue in &topology.queues {
-            let existing = self.queues.entry(queue.name.clone()).or_insert_with(|| Queue::new(queue.arguments.clone()));
-            if existing.arguments != queue.arguments {
+            let make = || Queue::new(queue.arguments.clone(), queue.lifetime);
+            let existing = self.queues.entry(queue.name.clone()).or_insert_with(make);
+            if (&existing.arguments, existing.lifetime) != (&queue.arguments, queue.lifetime) {
                 let what = format!("queue {:?}", queue.name);
                 return refused(what, "PRECONDITION_FAILED - it exists with other arguments".to_owned());
             }

@@ -11,7 +11,7 @@ use lapin::{
 
 use super::{convert, dial::words, link::Line};
 use crate::{
-    broker::{BrokerError, Depth, Topology, topology::ExchangeKind},
+    broker::{BrokerError, Depth, Topology, topology::{ExchangeKind, Lifetime}},
     protocol::wire::Headers,
 };
 
@@ -30,7 +30,13 @@ pub(super) async fn declare(channel: &Channel, topology: &Topology) -> Result<()
             .map_err(|error| (what(), error))?;
     }
     for queue in &topology.queues {
-        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let session = queue.lifetime == Lifetime::Session;
+        let options = QueueDeclareOptions {
+            durable: !session,
+            exclusive: session,
+            auto_delete: session,
+            ..QueueDeclareOptions::default()
+        };
         channel
             .queue_declare(convert::cut(&queue.name), options, convert::table(&queue.arguments))
             .await

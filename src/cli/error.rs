@@ -1,0 +1,61 @@
+//! Why a command ends without having done its work, and with which code.
+
+use crate::{
+    broker::{BrokerError, PublishError},
+    config::ConfigError,
+    protocol::NodeName,
+    shutdown::exit,
+};
+
+/// One sentence: what happened, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CliError {
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The arguments cannot be used.
+    #[error("{0}")]
+    Usage(String),
+    /// The broker cannot be used.
+    #[error("{0}")]
+    Broker(#[from] BrokerError),
+    /// A message was not taken.
+    #[error("{0}; is the topology in place? `haul topology doctor` tells")]
+    Publish(#[from] PublishError),
+    /// No queue takes what is sent to this node.
+    #[error("node {node} is not enrolled: start its agent or run haul topology apply")]
+    NotEnrolled {
+        /// The node.
+        node: NodeName,
+    },
+    /// What was asked for was refused by the one who was asked, or ended otherwise.
+    #[error("{0}")]
+    Refused(String),
+    /// The time given ran out.
+    #[error("{0}")]
+    TimedOut(String),
+    /// The results cannot be printed or written.
+    #[error("cannot write {what}: {source}")]
+    Output {
+        /// What was to be written.
+        what: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The process cannot run anything.
+    #[error("cannot start: {0}")]
+    Runtime(std::io::Error),
+}
+
+impl CliError {
+    /// The exit code.
+    pub(super) fn code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Usage(_) | Self::Broker(BrokerError::Settings(_)) => exit::USAGE,
+            Self::Broker(_) | Self::Publish(_) => exit::BROKER,
+            Self::NotEnrolled { .. } | Self::Refused(_) => exit::TASK,
+            Self::TimedOut(_) => exit::TIMED_OUT,
+            Self::Output { .. } | Self::Runtime(_) => exit::FAILED,
+        }
+    }
+}
