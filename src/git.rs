@@ -2,7 +2,12 @@
 //!
 //! The agent itself never opens a repository: the work is done in short-lived children of this same binary.
 
+pub mod child;
+pub mod mirror;
+pub mod pack;
 pub mod run;
 pub mod settings;
+mod transfer;
+mod workspace;
 
 pub use run::{Fence, Run};

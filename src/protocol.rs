@@ -23,3 +23,4 @@ pub use task::{
 
 /// The version of the contract that this program speaks.
 pub const VERSION: u32 = 1;
+pub(crate) use task::printable;
