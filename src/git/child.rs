@@ -177,7 +177,11 @@ where
 }
 
 /// Waits for `work` within the bounds of `run`.
-async fn within<T>(run: &Run<'_>, stall: Option<Duration>, work: impl Future<Output = T>) -> Result<T, Failure> {
+pub(super) async fn within<T>(
+    run: &Run<'_>,
+    stall: Option<Duration>,
+    work: impl Future<Output = T>,
+) -> Result<T, Failure> {
     let stalled = async {
         match stall {
             Some(limit) => tokio::time::sleep(limit).await,

@@ -141,7 +141,7 @@ fn reach_v6(address: Ipv6Addr) -> Reach {
             Reach::Never("an address reserved for documentation or protocols")
         }
         // Unique local, and site-local of old; a translator of one's own network.
-        [0xfc00..=0xfdff, ..] | [0xfec0..=0xfeff, ..] | [0x64, 0xff9b, 1, ..] => Reach::Private,
+        [0xfc00..=0xfdff | 0xfec0..=0xfeff, ..] | [0x64, 0xff9b, 1, ..] => Reach::Private,
         _ => Reach::Public,
     };
     embedded(address).into_iter().map(reach_v4).fold(own, Ord::max)
@@ -154,17 +154,15 @@ fn embedded(address: Ipv6Addr) -> Vec<Ipv4Addr> {
     match s {
         // Unspecified and loopback are nobody's wrapping.
         [0, 0, 0, 0, 0, 0, 0, 0 | 1] => Vec::new(),
-        // Mapped, compatible, translated (both spellings), NAT64.
+        // Mapped, compatible, translated, NAT64 (well known and local), 6to4; ISATAP below any prefix.
         [0, 0, 0, 0, 0, 0xffff | 0, high, low]
         | [0, 0, 0, 0, 0xffff, 0, high, low]
         | [0x64, 0xff9b, 0, 0, 0, 0, high, low]
-        | [0x64, 0xff9b, 1, _, _, _, high, low] => vec![at(high, low)],
-        // 6to4.
-        [0x2002, high, low, ..] => vec![at(high, low)],
+        | [0x64, 0xff9b, 1, _, _, _, high, low]
+        | [0x2002, high, low, ..]
+        | [_, _, _, _, 0 | 0x200, 0x5efe, high, low] => vec![at(high, low)],
         // Teredo: the server, and the client with its bits flipped.
         [0x2001, 0, high, low, _, _, client_high, client_low] => vec![at(high, low), at(!client_high, !client_low)],
-        // ISATAP, below any prefix.
-        [_, _, _, _, 0 | 0x200, 0x5efe, high, low] => vec![at(high, low)],
         _ => Vec::new(),
     }
 }
