@@ -165,7 +165,7 @@ fn mirrored(path: &Path, want: &Want, transport: &mut dyn Transport) -> Result<A
         bare.retain_missing(&mut wants);
         if !wants.is_empty() {
             // Not below any ref: most servers hand it out all the same if they have it.
-            let more = transport.receive(&bare, &wants)?;
+            let more = transport.receive(&bare, &wants).map_err(|failure| unless_absent(failure, oid))?;
             received = Received { objects: received.objects + more.objects, bytes: received.bytes + more.bytes };
             source = Source::Upstream;
             bare.refresh()?;
@@ -173,4 +173,12 @@ fn mirrored(path: &Path, want: &Want, transport: &mut dyn Transport) -> Result<A
         bare.require_commit(oid)?;
     }
     Ok(Answer { listing, objects: received.objects, received_bytes: received.bytes, source })
+}
+
+/// `not_found` where the upstream says that it has no such object.
+fn unless_absent(failure: Failure, oid: &str) -> Failure {
+    if failure.message.contains("not our ref") {
+        return Failure::new(ErrorClass::NotFound, format!("the upstream has no commit {oid}"));
+    }
+    failure
 }

@@ -112,6 +112,8 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
         });
         let class = match stage {
             Stage::Listing if !broken && (error.is_unsupported() || error.is_validation()) => ErrorClass::NotFound,
+            // It refuses in its own words: mostly since the refs have changed since they were listed.
+            Stage::Receiving if text.contains("ERR ") => ErrorClass::Network,
             Stage::Receiving if !broken && error.is_corrupted() => ErrorClass::Corrupt,
             Stage::Listing | Stage::Receiving => ErrorClass::Network,
         };
