@@ -386,12 +386,30 @@ async fn plain_text_where_tls_is_expected_is_a_matter_of_the_network() {
 }
 
 #[tokio::test]
+async fn only_a_trusted_certificate_is_talked_to() {
+    let upstream = rich();
+    let server = Server::start_tls(upstream.root());
+    server.require(CANARY_LOGIN);
+    let url = server.url("app.git");
+    let node = Node::new().await;
+    node.credential("team.token", CANARY);
+    let failure = node.fetch_as(&url, Some("team"), &Want::All).await.unwrap_err();
+    assert_eq!(failure.class, ErrorClass::Network, "{failure}");
+    assert!(failure.message.contains("no trusted connection"), "{failure}");
+    assert_eq!(server.counts().requests, 0);
+    let node = Node::with(|settings| settings.ca_file = Some(githttp::ca_file())).await;
+    node.credential("team.token", CANARY);
+    let fetched = node.fetch_as(&url, Some("team"), &Want::All).await.unwrap();
+    assert_eq!(refs(&fetched.path), refs(&upstream.path()));
+}
+
+#[tokio::test]
 async fn loopback_is_refused_unless_allowed_and_nothing_is_connected_to() {
     let upstream = rich();
     let server = Server::start(upstream.root());
     let node = Node::with(|settings| settings.allow_loopback = false).await;
-    let literal = server.url("app.git");
-    for url in [literal.clone(), literal.replace("127.0.0.1", "localhost"), literal.replace("127.0.0.1", "0x7f.1")] {
+    let named = server.url("app.git");
+    for url in [named.clone(), named.replace("localhost", "127.0.0.1"), named.replace("localhost", "0x7f.1")] {
         let failure = node.fetch(&url).await.unwrap_err();
         assert_eq!(failure.class, ErrorClass::Forbidden, "{url}: {failure}");
         assert!(failure.message.contains("git.allow_loopback"), "{failure}");

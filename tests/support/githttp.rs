@@ -8,7 +8,7 @@
 //! let upstream = githttp::Upstream::new();          // a bare repository below a temporary directory
 //! upstream.commit("main", &[("a.txt", "hello")]);   // commits straight into it, through git's plumbing
 //! let server = githttp::Server::start(upstream.root());
-//! let url = server.url("app.git");                  // http://127.0.0.1:<port>/app.git
+//! let url = server.url("app.git");                  // http://localhost:<port>/app.git
 //! server.behave(githttp::Behaviour::status(429).header("Retry-After", "7"));
 //! assert_eq!(server.counts().packs, 0);
 //! ```
@@ -30,6 +30,11 @@ use std::{
     },
     thread::JoinHandle,
     time::Duration,
+};
+
+use rustls::{
+    ServerConfig, ServerConnection, StreamOwned,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
 
 /// A bare repository `app.git` that tests commit to.
@@ -81,9 +86,16 @@ pub(crate) struct Server {
     address: SocketAddr,
     shared: Arc<Shared>,
     listener: Option<JoinHandle<()>>,
+    scheme: &'static str,
 }
 
+/// A connection, encrypted or not.
+trait Stream: Read + Write {}
+
+impl<S: Read + Write> Stream for S {}
+
 struct Shared {
+    tls: Option<Arc<ServerConfig>>,
     root: PathBuf,
     stopped: AtomicBool,
     state: Mutex<State>,
@@ -180,6 +192,15 @@ impl Upstream {
     }
 }
 
+/// The authority that signed the certificate of [`Server::start_tls`].
+pub(crate) fn ca_file() -> PathBuf {
+    tls_directory().join("ca.pem")
+}
+
+fn tls_directory() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/tls")
+}
+
 /// Git in `directory`, independent of who runs the tests.
 pub(crate) fn git_command(directory: &Path) -> Command {
     let mut command = Command::new("git");
@@ -212,11 +233,30 @@ impl Behaviour {
 impl Server {
     /// Serves the repositories below `root` on a free port of the loopback address.
     pub(crate) fn start(root: &Path) -> Self {
+        Self::listen(root, None)
+    }
+
+    /// The same over TLS, with a certificate for `localhost` by the authority in [`ca_file`].
+    pub(crate) fn start_tls(root: &Path) -> Self {
+        let read = |pem: &str| std::fs::read(tls_directory().join(pem)).unwrap();
+        let certificate = CertificateDer::from_pem_slice(&read("cert.pem")).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(&read("key.pem")).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        Self::listen(root, Some(Arc::new(config)))
+    }
+
+    fn listen(root: &Path, tls: Option<Arc<ServerConfig>>) -> Self {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let state = State { behaviour: Behaviour::Serve, authorization: None, counts: Counts::default() };
         let shared =
-            Arc::new(Shared { root: root.to_owned(), stopped: AtomicBool::new(false), state: Mutex::new(state) });
+            Arc::new(Shared { tls, root: root.to_owned(), stopped: AtomicBool::new(false), state: Mutex::new(state) });
         let serving = shared.clone();
         let listener = std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -225,15 +265,15 @@ impl Server {
                 }
                 let serving = serving.clone();
                 // A client that hangs up is its own affair.
-                std::thread::spawn(move || drop(serving.serve(&stream)));
+                std::thread::spawn(move || drop(serving.accept(&stream)));
             }
         });
-        Self { address, shared, listener: Some(listener) }
+        Self { address, shared, listener: Some(listener), scheme }
     }
 
     /// The address of one repository.
     pub(crate) fn url(&self, repository: &str) -> String {
-        format!("http://{}/{repository}", self.address)
+        format!("{}://localhost:{}/{repository}", self.scheme, self.address.port())
     }
 
     /// How requests are answered from now on.
@@ -264,7 +304,21 @@ impl Drop for Server {
 }
 
 impl Shared {
-    fn serve(&self, stream: &TcpStream) -> std::io::Result<()> {
+    fn accept(&self, socket: &TcpStream) -> std::io::Result<()> {
+        match &self.tls {
+            Some(config) => {
+                let tls = ServerConnection::new(config.clone()).map_err(std::io::Error::other)?;
+                let mut stream = StreamOwned::new(tls, socket);
+                let served = self.serve(&mut stream, socket);
+                stream.conn.send_close_notify();
+                let _ = stream.flush();
+                served
+            }
+            None => self.serve(&mut &*socket, socket),
+        }
+    }
+
+    fn serve(&self, stream: &mut impl Stream, socket: &TcpStream) -> std::io::Result<()> {
         let request = Request::read(stream)?;
         let is_pack = request.body.windows(13).any(|window| window == b"command=fetch");
         let behaviour = {
@@ -287,30 +341,30 @@ impl Shared {
                 for (name, value) in headers {
                     let _ = write!(head, "{name}: {value}\r\n");
                 }
-                (&*stream).write_all(format!("{head}\r\n").as_bytes())
+                stream.write_all(format!("{head}\r\n").as_bytes())
             }
             Behaviour::Stall => {
-                self.hang(stream);
+                self.hang(stream, socket);
                 Ok(())
             }
             Behaviour::StallPack { after } => {
                 if self.answer(stream, &request, if is_pack { after } else { usize::MAX })? {
-                    self.hang(stream);
+                    self.hang(stream, socket);
                 }
                 Ok(())
             }
             Behaviour::CutPack { after } => {
                 self.answer(stream, &request, if is_pack { after } else { usize::MAX })?;
-                stream.shutdown(Shutdown::Both)
+                socket.shutdown(Shutdown::Both)
             }
         }
     }
 
     /// Says nothing until the client hangs up or the server stops.
-    fn hang(&self, stream: &TcpStream) {
-        let _ = stream.set_read_timeout(Some(Duration::from_millis(50)));
+    fn hang(&self, stream: &mut impl Stream, socket: &TcpStream) {
+        let _ = socket.set_read_timeout(Some(Duration::from_millis(50)));
         while !self.stopped.load(Ordering::SeqCst) {
-            match (&*stream).read(&mut [0]) {
+            match stream.read(&mut [0]) {
                 Ok(0) => return,
                 Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return,
                 _ => {}
@@ -319,7 +373,7 @@ impl Shared {
     }
 
     /// Answers as git does, but with at most `most` bytes of the body; whether that cut it short.
-    fn answer(&self, stream: &TcpStream, request: &Request, most: usize) -> std::io::Result<bool> {
+    fn answer(&self, stream: &mut impl Stream, request: &Request, most: usize) -> std::io::Result<bool> {
         let mut command = git_command(&self.root);
         command
             .arg("http-backend")
@@ -352,7 +406,7 @@ impl Shared {
 }
 
 /// Turns the output of a CGI program into an answer, chunk by chunk.
-fn relay(mut stream: &TcpStream, output: &mut impl BufRead, most: usize) -> std::io::Result<bool> {
+fn relay(stream: &mut impl Stream, output: &mut impl BufRead, most: usize) -> std::io::Result<bool> {
     let mut status = "200 OK".to_owned();
     let mut head = String::new();
     loop {
@@ -387,7 +441,7 @@ fn relay(mut stream: &TcpStream, output: &mut impl BufRead, most: usize) -> std:
 }
 
 impl Request {
-    fn read(stream: &TcpStream) -> std::io::Result<Self> {
+    fn read(stream: &mut impl Stream) -> std::io::Result<Self> {
         let mut reader = BufReader::new(stream);
         let mut line = String::new();
         reader.read_line(&mut line)?;
