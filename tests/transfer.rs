@@ -8,6 +8,7 @@ mod githttp;
 use std::{
     collections::BTreeMap,
     fs,
+    io::Write as _,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::Mutex,
@@ -135,6 +136,16 @@ impl Node {
         let files = packs.filter_map(|packs| fs::read_dir(packs).ok()).flatten().flatten().map(|entry| entry.path());
         files.filter(|path| !["pack", "idx"].iter().any(|end| path.extension().is_some_and(|it| it == *end))).collect()
     }
+}
+
+/// Waits until `is_so`, but not for ever.
+async fn eventually(is_so: impl Fn() -> bool) {
+    let waiting = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), waiting).await.expect("it never came to pass");
 }
 
 /// The refs of a repository, as git lists them.
@@ -329,6 +340,60 @@ async fn what_one_credential_may_see_is_not_served_to_another() {
 }
 
 #[tokio::test]
+async fn a_credential_is_not_sent_in_the_clear_beyond_this_machine() {
+    let node = Node::new().await;
+    node.credential("team.token", CANARY);
+    let failure = node.fetch_as("http://10.255.255.1/app.git", Some("team"), &Want::All).await.unwrap_err();
+    assert_eq!(failure.class, ErrorClass::Forbidden);
+    assert!(failure.message.contains("without encryption"), "{failure}");
+}
+
+#[tokio::test]
+async fn a_mirror_that_cannot_be_used_is_made_anew() {
+    let upstream = rich();
+    let server = Server::start(upstream.root());
+    let node = Node::new().await;
+    let url = server.url("app.git");
+    for (file, text) in [("config", "[core"), ("shallow", "1")] {
+        let path = node.fetch(&url).await.unwrap().path;
+        fs::write(path.join(file), text).unwrap();
+        let again = node.fetch(&url).await.unwrap();
+        assert_eq!(again.source, Source::Upstream, "{file}");
+        assert_eq!(refs(&again.path), refs(&upstream.path()));
+    }
+}
+
+#[tokio::test]
+async fn a_transfer_dies_with_the_agent() {
+    let upstream = rich();
+    let server = Server::start(upstream.root());
+    server.behave(Behaviour::Stall);
+    let storage = tempfile::tempdir().unwrap();
+    // A shell in the place of the agent.
+    let mut agent = std::process::Command::new("sh")
+        .args(["-c", "\"$0\" child transfer; true", env!("CARGO_BIN_EXE_haul")])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let request = serde_json::json!({
+        "url": server.url("app.git"), "mirror": storage.path().join("x.git"), "want": "all", "credential": null,
+        "policy": { "allow_http": true, "allow_file": false, "allow_loopback": true, "allow_private": false, "hosts": [] },
+        "ca_file": null, "known_hosts": null, "max_bytes": 1,
+    });
+    let mut stdin = agent.stdin.take().unwrap();
+    writeln!(stdin, "{}", serde_json::json!({ "parent": agent.id(), "request": request })).unwrap();
+    eventually(|| server.counts().requests == 1).await;
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", agent.id())).unwrap();
+    let child = PathBuf::from("/proc").join(children.trim());
+    assert!(fs::read_to_string(child.join("cmdline")).unwrap().contains("transfer"));
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    // Gone, or waiting only to be reaped.
+    eventually(|| !fs::read_to_string(child.join("cmdline")).is_ok_and(|line| line.contains("transfer"))).await;
+}
+
+#[tokio::test]
 async fn each_answer_has_its_class() {
     let upstream = rich();
     let server = Server::start(upstream.root());
@@ -500,13 +565,7 @@ async fn dropping_a_fetch_kills_its_child() {
         _ = node.fetch(&url) => panic!("the pack never ends"),
         () = node.receiving() => {}
     }
-    tokio::time::timeout(Duration::from_secs(5), async {
-        while !node.processes().is_empty() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await
-    .unwrap();
+    eventually(|| node.processes().is_empty()).await;
 }
 
 #[tokio::test]

@@ -231,7 +231,7 @@ fn sweep_all(directory: &Path) -> Result<(), Failure> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if name.contains(".git.new-") {
+        if name.contains(".git.new-") || name.contains(".git.old-") {
             fs::remove_dir_all(&path)?;
         } else if path.extension().is_some_and(|extension| extension == "git") {
             sweep(&path)?;

@@ -75,8 +75,9 @@ impl Group {
             },
             Err(error) => format!("could not be waited for ({error})"),
         };
-        // Everything that could hold the other end of the pipe is dead by now.
-        let said = (&mut self.stderr).await.unwrap_or_default();
+        // Whatever of the group held the other end of the pipe is dead by now; who left the group is not waited for.
+        let said = tokio::time::timeout(grace, &mut self.stderr).await;
+        let said = said.ok().and_then(Result::ok).unwrap_or_default();
         Ended { how, said: printable(&String::from_utf8_lossy(&said)).trim().to_owned() }
     }
 

@@ -26,14 +26,14 @@ pub(super) struct Bare {
 impl Bare {
     /// Opens the mirror at `path`, which is made if it is not there, and sweeps what a killed transfer left.
     pub(super) fn open_or_create(path: &Path) -> Result<Self, Failure> {
-        if path.join("HEAD").exists() {
+        // A mirror is only a copy: one that cannot be used is made anew. With a shallow file it lacks history.
+        if path.join("HEAD").exists() && !path.join("shallow").exists() {
             sweep(path)?;
-        } else {
-            create(path)?;
+            if let Ok(repository) = open(path) {
+                return Ok(Self { path: path.to_owned(), repository });
+            }
         }
-        if path.join("shallow").exists() {
-            return Err(Failure::new(ErrorClass::Corrupt, "a mirror of this node lacks part of its history"));
-        }
+        create(path)?;
         Ok(Self { path: path.to_owned(), repository: open(path)? })
     }
 
@@ -135,20 +135,27 @@ fn open(path: &Path) -> Result<gix::Repository, Failure> {
 
 /// Makes an empty mirror, at once or not at all.
 fn create(path: &Path) -> Result<(), Failure> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(format!(".new-{}", std::process::id()));
-    let new = PathBuf::from(new);
+    let new = beside(path, "new");
     let _ = fs::remove_dir_all(&new);
     for directory in ["objects/pack", "objects/info", "refs/heads", "refs/tags"] {
         fs::create_dir_all(new.join(directory))?;
     }
     fs::write(new.join("config"), CONFIG)?;
     fs::write(new.join("HEAD"), "ref: refs/heads/main\n")?;
-    // A directory without a HEAD is what a crash of an older kind left.
     if path.exists() {
-        fs::remove_dir_all(path)?;
+        let old = beside(path, "old");
+        let _ = fs::remove_dir_all(&old);
+        fs::rename(path, &old)?;
+        fs::remove_dir_all(&old)?;
     }
     Ok(fs::rename(&new, path)?)
+}
+
+/// A name for something temporary, swept at the next start of the agent.
+fn beside(path: &Path, what: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{what}-{}", std::process::id()));
+    name.into()
 }
 
 /// Writes `text` to `path`, whole or not at all.

@@ -42,7 +42,8 @@ impl Budget {
         if self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes)).is_ok() {
             return Ok(());
         }
-        let failure = Failure::new(ErrorClass::Quota, "the upstream sends more than this node takes (git.max_bytes)");
+        let failure =
+            Failure::new(ErrorClass::Quota, "the upstream sends more than this node takes (git.max_bytes for a pack)");
         let error = io::Error::other(failure.message.clone());
         self.verdict.give(failure);
         Err(error)
