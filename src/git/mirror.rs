@@ -1,0 +1,309 @@
+//! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::Write as _,
+    fs::{self, File, OpenOptions},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::{
+    Run,
+    child::{self, Children, Role},
+    credential::CredentialFile,
+    policy::Policy,
+    settings::GitSettings,
+    transfer,
+};
+use crate::{
+    failure::Failure,
+    protocol::{CredentialName, GitUrl, Scheme},
+};
+
+/// How often a lock that somebody holds is tried again.
+const LOCK_POLL: Duration = Duration::from_millis(50);
+
+/// What a fetch is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Want {
+    /// Every branch and tag, as `git clone` has them.
+    All,
+    /// One branch, by its short name, and the tags that point into it.
+    Branch(String),
+    /// Every branch and tag, and this object must be there.
+    Commit(String),
+}
+
+/// Where the objects came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// A pack was received.
+    Upstream,
+    /// Nothing had to be fetched.
+    Mirror,
+}
+
+impl Source {
+    /// The word of the wire contract.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Upstream => "upstream",
+            Self::Mirror => "mirror",
+        }
+    }
+}
+
+/// The refs of an upstream, as it listed them to this task's own credential.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listing {
+    /// What its `HEAD` points to: the full name of a ref, also of one that does not exist yet.
+    pub head: Option<String>,
+    /// `refs/heads/*` and `refs/tags/*` to object ids in hex; for an annotated tag that of the tag.
+    pub refs: BTreeMap<String, String>,
+    /// For annotated tags: what they point to in the end.
+    pub peeled: BTreeMap<String, String>,
+}
+
+/// A mirror that holds what was asked for; nothing is taken out of it while this value lives.
+#[derive(Debug)]
+pub struct Fetched {
+    /// The bare repository.
+    pub path: PathBuf,
+    /// What the upstream listed; every object named in it is in the mirror.
+    pub listing: Listing,
+    /// Objects received.
+    pub objects: u64,
+    /// Bytes of pack received.
+    pub received_bytes: u64,
+    /// Whether anything had to be received.
+    pub source: Source,
+    /// The shared lock; whoever removes packs takes the exclusive one.
+    _lock: File,
+}
+
+/// The mirrors of one storage directory.
+pub struct Mirrors {
+    directory: PathBuf,
+    settings: GitSettings,
+    policy: Policy,
+    children: Children,
+    /// One transfer at a time into each mirror.
+    flights: Mutex<HashMap<String, Weak<Flight>>>,
+}
+
+type Flight = tokio::sync::Mutex<()>;
+
+impl Mirrors {
+    /// Opens `<storage>/.haul/mirrors` and sweeps what killed transfers left.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or read.
+    pub async fn open(storage: &Path, settings: &GitSettings, children: Children) -> Result<Self, Failure> {
+        let directory = storage.join(".haul").join("mirrors");
+        let swept = directory.clone();
+        tokio::task::spawn_blocking(move || sweep_all(&swept))
+            .await
+            .map_err(|error| Failure::internal(format!("sweeping the mirrors failed: {error}")))??;
+        Ok(Self {
+            directory,
+            settings: settings.clone(),
+            policy: Policy::from(settings),
+            children,
+            flights: Mutex::default(),
+        })
+    }
+
+    /// What can be said about an address without asking anybody: scheme, host patterns, literal addresses.
+    ///
+    /// # Errors
+    /// `forbidden`, with the setting that would allow it.
+    pub fn allow(&self, url: &GitUrl) -> Result<(), Failure> {
+        self.policy.allow(url)
+    }
+
+    /// Brings the mirror of `url` up to what `want` needs.
+    ///
+    /// The upstream is asked for its refs each time, with this task's own credential; a pack is asked for only if
+    /// the mirror lacks something. Of several fetches into one mirror one works, the others wait and then ask for
+    /// themselves.
+    ///
+    /// # Errors
+    /// A failure that carries its decision.
+    pub async fn fetch(
+        &self,
+        url: &GitUrl,
+        credential: Option<&CredentialName>,
+        want: &Want,
+        run: &Run<'_>,
+    ) -> Result<Fetched, Failure> {
+        self.allow(url)?;
+        let file = match credential.filter(|_| url.scheme() != Scheme::File) {
+            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url.scheme())?),
+            None => None,
+        };
+        let key = key(url, credential);
+        let path = self.directory.join(format!("{key}.git"));
+        let flight = self.flight(&key);
+        let _turn = child::within(run, None, flight.lock()).await?;
+        let lock = lock_shared(self.directory.join(format!("{key}.lock")), run).await?;
+        let request = transfer::Request {
+            url: url.as_str().to_owned(),
+            mirror: path.clone(),
+            want: want.clone(),
+            credential: file,
+            policy: self.policy.clone(),
+            ca_file: self.settings.ca_file.clone(),
+            known_hosts: self.settings.known_hosts.clone(),
+            max_bytes: self.settings.max_bytes.as_u64(),
+        };
+        let answer: transfer::Answer = self.children.run(Role::Transfer, &request, Vec::new(), run).await?;
+        Ok(Fetched {
+            path,
+            listing: answer.listing,
+            objects: answer.objects,
+            received_bytes: answer.received_bytes,
+            source: answer.source,
+            _lock: lock,
+        })
+    }
+
+    /// The lock of one mirror within this process.
+    fn flight(&self, key: &str) -> Arc<Flight> {
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(flight) = flights.get(key).and_then(Weak::upgrade) {
+            return flight;
+        }
+        flights.retain(|_, flight| flight.strong_count() > 0);
+        let flight = Arc::new(Flight::new(()));
+        flights.insert(key.to_owned(), Arc::downgrade(&flight));
+        flight
+    }
+}
+
+/// The name of a mirror: its upstream and the credential it is read with. What one credential may see is never
+/// served to another.
+fn key(url: &GitUrl, credential: Option<&CredentialName>) -> String {
+    let mut hash = Sha256::new();
+    hash.update(url.as_str());
+    hash.update([0]);
+    hash.update(credential.map_or("", CredentialName::as_str));
+    hash.finalize().iter().fold(String::with_capacity(64), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Takes the shared lock at `path`, which waits only for the upkeep of the mirror.
+async fn lock_shared(path: PathBuf, run: &Run<'_>) -> Result<File, Failure> {
+    let file = tokio::task::spawn_blocking(move || {
+        OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
+    })
+    .await
+    .map_err(|error| Failure::internal(error.to_string()))??;
+    let taken = async {
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockShared) {
+                Err(Errno::WOULDBLOCK | Errno::INTR) => tokio::time::sleep(LOCK_POLL).await,
+                other => return other.map_err(std::io::Error::from),
+            }
+        }
+    };
+    child::within(run, None, taken).await??;
+    Ok(file)
+}
+
+/// Makes `directory` and removes from all mirrors what killed transfers left.
+fn sweep_all(directory: &Path) -> Result<(), Failure> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.contains(".git.new-") || name.contains(".git.old-") {
+            fs::remove_dir_all(&path)?;
+        } else if path.extension().is_some_and(|extension| extension == "git") {
+            sweep(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes from one mirror what killed transfers left; nobody may be writing to it.
+pub(super) fn sweep(mirror: &Path) -> Result<(), Failure> {
+    for directory in [mirror.join("objects/pack"), mirror.to_owned()] {
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error.into()),
+        };
+        for entry in entries {
+            let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let ends = |end: &str| path.extension().is_some_and(|extension| extension == end);
+            // A pack is no use without its index, and was never announced.
+            let half = ends("pack") && !path.with_extension("idx").exists();
+            if name.starts_with(".tmp") || name.starts_with("tmp_") || ends("keep") || ends("lock") || half {
+                fs::remove_file(&path)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mirror_belongs_to_one_upstream_and_one_credential() {
+        let url = |text| GitUrl::parse(text).unwrap();
+        let name = |text: &str| CredentialName::new(text).unwrap();
+        let a = key(&url("https://h.example/x"), None);
+        assert_eq!(a.len(), 64);
+        assert_eq!(a, key(&url("https://H.example/x"), None));
+        assert_ne!(a, key(&url("https://h.example/y"), None));
+        assert_ne!(a, key(&url("https://h.example/x"), Some(&name("team"))));
+        assert_ne!(
+            key(&url("https://h.example/x"), Some(&name("a"))),
+            key(&url("https://h.example/x"), Some(&name("b")))
+        );
+    }
+
+    #[test]
+    fn a_sweep_takes_what_a_killed_transfer_left_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let pack = directory.path().join("a.git/objects/pack");
+        fs::create_dir_all(&pack).unwrap();
+        fs::create_dir_all(directory.path().join("b.git.new-77/objects")).unwrap();
+        let all = [".tmpAbC", "tmp_pack_1", "pack-1.keep", "pack-1.pack", "pack-1.idx", "pack-2.pack"];
+        for name in all {
+            fs::write(pack.join(name), "x").unwrap();
+        }
+        for name in ["HEAD", "packed-refs", "packed-refs.lock"] {
+            fs::write(directory.path().join("a.git").join(name), "x").unwrap();
+        }
+        fs::write(directory.path().join("a.lock"), "").unwrap();
+        sweep_all(directory.path()).unwrap();
+        let names = |path: &Path| {
+            let mut names: Vec<_> =
+                fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&pack), ["pack-1.idx", "pack-1.pack"]);
+        assert_eq!(names(&directory.path().join("a.git")), ["HEAD", "objects", "packed-refs"]);
+        assert_eq!(names(directory.path()), ["a.git", "a.lock"]);
+    }
+}

@@ -1,0 +1,329 @@
+//! The transport whose engine is gitoxide, over any of its own ways to carry the protocol.
+
+use std::{collections::BTreeSet, fs::File, io::ErrorKind, sync::atomic::AtomicBool};
+
+use gix::{
+    bstr::ByteSlice,
+    error::Error,
+    negotiate::Algorithm,
+    odb::pack,
+    protocol::{
+        self, Handshake, LsRefsCommand,
+        fetch::{
+            Arguments, Context, Negotiate, Options, RefMap, Response, Shallow, Tags,
+            negotiate::{self, Action, Round, one_round},
+            refmap::{Mapping, Source, SpecIndex},
+        },
+        handshake::Ref,
+        ls_refs::RefPrefixes,
+    },
+};
+use gix_transport::{Service, client::blocking_io::Transport as Carrier};
+
+use super::{Received, Transport, bare::Bare, budget::Budget, meter::Meter, verdict::Verdict};
+use crate::{
+    failure::{ErrorClass, Failure},
+    git::mirror::Listing,
+    protocol::printable,
+};
+
+/// The most refs taken from an upstream.
+const MOST_REFS: usize = 100_000;
+/// The most bytes that a listing may have.
+const LONGEST_LISTING: u64 = 64 << 20;
+
+/// What bounds a conversation.
+pub(super) struct Bounds {
+    /// Where a cause is left that the engine would not tell.
+    pub(super) verdict: Verdict,
+    /// What may still be received.
+    pub(super) budget: Budget,
+    /// The most bytes of one pack.
+    pub(super) max_bytes: u64,
+}
+
+/// A conversation with an upstream over `C`.
+pub(super) struct Gitoxide<'a, C> {
+    carrier: C,
+    handshake: Option<Handshake>,
+    bounds: Bounds,
+    meter: &'a Meter,
+}
+
+/// What the engine was doing when it failed.
+#[derive(Clone, Copy)]
+enum Stage {
+    Listing,
+    Receiving,
+}
+
+impl<'a, C: Carrier> Gitoxide<'a, C> {
+    pub(super) fn new(carrier: C, bounds: Bounds, meter: &'a Meter) -> Self {
+        Self { carrier, handshake: None, bounds, meter }
+    }
+
+    fn refs(&mut self) -> gix::Result<Vec<Ref>> {
+        let nobody = |_| Ok(None);
+        let mut progress = self.meter.hand();
+        let mut handshake =
+            protocol::handshake(&mut self.carrier, Service::UploadPack, nobody, Vec::new(), &mut progress)?;
+        // Protocol version 2 is asked for; older servers list at once.
+        let refs = if let Some(refs) = handshake.refs.take() {
+            refs
+        } else {
+            let mut prefixes = RefPrefixes::new();
+            prefixes.extend(["HEAD", "refs/heads/", "refs/tags/"].map(Into::into));
+            LsRefsCommand::new(Some(prefixes), &handshake.capabilities, agent()).invoke_blocking(
+                &mut self.carrier,
+                &mut progress,
+                false,
+            )?
+        };
+        self.handshake = Some(handshake);
+        Ok(refs)
+    }
+
+    /// What an error of the engine stands for: the cause that was left, else what its kind tells.
+    fn judge(&self, error: &Error, stage: Stage) -> Failure {
+        if let Some(failure) = self.bounds.verdict.take() {
+            return failure;
+        }
+        let mut text = String::new();
+        for part in error.iter_errors().map(ToString::to_string) {
+            if !text.contains(&part) {
+                text.push_str(if text.is_empty() { "" } else { ": " });
+                text.push_str(&part);
+            }
+        }
+        let text = printable(&text);
+        let io = error.iter_errors().find_map(|error| error.downcast_ref::<std::io::Error>());
+        if let Some(failure) = io.and_then(of_the_disk) {
+            return failure;
+        }
+        let broken = io.is_some_and(|error| {
+            matches!(
+                error.kind(),
+                ErrorKind::UnexpectedEof
+                    | ErrorKind::BrokenPipe
+                    | ErrorKind::ConnectionReset
+                    | ErrorKind::ConnectionAborted
+                    | ErrorKind::TimedOut
+            )
+        });
+        let class = match stage {
+            Stage::Listing if !broken && (error.is_unsupported() || error.is_validation()) => ErrorClass::NotFound,
+            // It refuses in its own words: mostly since the refs have changed since they were listed.
+            Stage::Receiving if text.contains("ERR ") => ErrorClass::Network,
+            Stage::Receiving if !broken && error.is_corrupted() => ErrorClass::Corrupt,
+            Stage::Listing | Stage::Receiving => ErrorClass::Network,
+        };
+        let doing = match stage {
+            Stage::Listing => "the upstream's refs cannot be listed",
+            Stage::Receiving => "the pack cannot be received",
+        };
+        Failure::new(class, format!("{doing}: {text}"))
+    }
+}
+
+/// A failure for an error that the disk gave.
+fn of_the_disk(error: &std::io::Error) -> Option<Failure> {
+    let again = std::io::Error::from_raw_os_error(error.raw_os_error()?);
+    Some(Failure::from(again)).filter(|failure| failure.class == ErrorClass::Disk)
+}
+
+impl<C: Carrier> Transport for Gitoxide<'_, C> {
+    fn list(&mut self) -> Result<Listing, Failure> {
+        self.bounds.budget.grant(LONGEST_LISTING);
+        let refs = self.refs().map_err(|error| self.judge(&error, Stage::Listing))?;
+        let format = self.handshake.as_ref().and_then(|handshake| handshake.capabilities.capability("object-format"));
+        if format.and_then(|format| format.value()).is_some_and(|format| format != "sha1") {
+            return Err(Failure::invalid("the upstream names its objects by sha256, which is not supported"));
+        }
+        listing(refs)
+    }
+
+    fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure> {
+        self.bounds.budget.grant(self.bounds.max_bytes);
+        let before = self.meter.pack_bytes();
+        let objects = self.fetch(&mirror.repository, wants).map_err(|error| self.judge(&error, Stage::Receiving))?;
+        Ok(Received { objects, bytes: self.meter.pack_bytes() - before })
+    }
+}
+
+impl<C: Carrier> Gitoxide<'_, C> {
+    /// Fetches `wants` into `repository` and returns how many objects came.
+    fn fetch(&mut self, repository: &gix::Repository, wants: &BTreeSet<String>) -> gix::Result<u64> {
+        let Some(handshake) = self.handshake.as_mut() else { return Ok(0) };
+        let mut known = repository.clone();
+        known.objects.refresh_never();
+        let mut negotiate = Negotiation {
+            repository: &known,
+            graph: known.revision_graph(None),
+            negotiator: Algorithm::Consecutive.into_negotiator(),
+            wanted: wanted(wants),
+        };
+        let mut objects = 0;
+        let directory = repository.objects.store_ref().path().join("pack");
+        let limit = usize::try_from(self.bounds.max_bytes).unwrap_or(usize::MAX);
+        let context =
+            Context { handshake, transport: &mut self.carrier, user_agent: agent(), trace_packetlines: false };
+        let options = Options {
+            shallow_file: repository.shallow_file()?,
+            shallow: &Shallow::NoChange,
+            tags: Tags::None,
+            reject_shallow_remote: true,
+        };
+        let bases = repository.objects.clone();
+        let consume = |reader: &mut dyn std::io::BufRead,
+                       progress: &mut dyn gix::DynNestedProgress,
+                       interrupt: &AtomicBool|
+         -> gix::Result<bool> {
+            let options = pack::bundle::write::Options { alloc_limit_bytes: Some(limit), ..Default::default() };
+            let bases = Some(bases);
+            let hash = gix::hash::Kind::Sha1;
+            let written =
+                pack::Bundle::write_to_directory(reader, Some(&directory), progress, interrupt, bases, hash, options)?;
+            objects = u64::from(written.index.num_objects);
+            keep(&written).map_err(Error::from_error)?;
+            Ok(true)
+        };
+        protocol::fetch(&mut negotiate, consume, self.meter.hand(), &AtomicBool::new(false), context, options)?;
+        Ok(objects)
+    }
+}
+
+/// Makes a new pack durable before any ref leads to it, and lets go of the engine's mark on it.
+fn keep(written: &pack::bundle::write::Outcome) -> std::io::Result<()> {
+    for path in written.data_path.iter().chain(&written.index_path) {
+        File::open(path)?.sync_all()?;
+    }
+    if let Some(directory) = written.data_path.as_deref().and_then(std::path::Path::parent) {
+        File::open(directory)?.sync_all()?;
+    }
+    match written.keep_path.as_deref().map(std::fs::remove_file) {
+        Some(Err(error)) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn agent() -> protocol::command::Feature {
+    ("agent", Some(concat!("haul/", env!("CARGO_PKG_VERSION")).to_owned()))
+}
+
+/// Asks for exactly these objects, whatever the refs point to by now.
+fn wanted(wants: &BTreeSet<String>) -> RefMap {
+    let ids = wants.iter().filter_map(|oid| gix::ObjectId::from_hex(oid.as_bytes()).ok());
+    let mappings = ids
+        .map(|id| Mapping { remote: Source::ObjectId(id), local: None, spec_index: SpecIndex::ExplicitInRemote(0) })
+        .collect();
+    RefMap { mappings, object_hash: gix::hash::Kind::Sha1, ..RefMap::default() }
+}
+
+/// What we tell the upstream that we want and have.
+struct Negotiation<'a> {
+    repository: &'a gix::Repository,
+    graph: gix::negotiate::Graph<'a, 'a>,
+    negotiator: Box<dyn gix::negotiate::Negotiator>,
+    wanted: RefMap,
+}
+
+impl Negotiate for Negotiation<'_> {
+    fn mark_complete_and_common_ref(&mut self) -> gix::Result<Action> {
+        negotiate::mark_complete_and_common_ref(
+            &self.repository.objects,
+            &self.repository.refs,
+            || Ok(std::iter::empty::<(gix::refs::file::Store, gix::OdbHandle)>()),
+            self.negotiator.as_mut(),
+            &mut self.graph,
+            &self.wanted,
+            &Shallow::NoChange,
+            |_| false,
+        )
+    }
+
+    fn add_wants(&mut self, arguments: &mut Arguments, known: &[bool]) -> bool {
+        negotiate::add_wants(&self.repository.objects, arguments, &self.wanted, known, &Shallow::NoChange, |_| false)
+    }
+
+    fn one_round(
+        &mut self,
+        state: &mut one_round::State,
+        arguments: &mut Arguments,
+        previous: Option<&Response>,
+    ) -> gix::Result<(Round, bool)> {
+        negotiate::one_round(self.negotiator.as_mut(), &mut self.graph, state, arguments, previous)
+    }
+}
+
+/// What the upstream's refs are, less what is no branch or tag or has a name that git itself would refuse.
+fn listing(refs: Vec<Ref>) -> Result<Listing, Failure> {
+    let mut listing = Listing::default();
+    for reference in refs {
+        let (name, target, oid, peeled) = match reference {
+            Ref::Peeled { full_ref_name, tag, object } => (full_ref_name, None, Some(tag), Some(object)),
+            Ref::Direct { full_ref_name, object } => (full_ref_name, None, Some(object), None),
+            Ref::Symbolic { full_ref_name, target, tag: Some(tag), object } => {
+                (full_ref_name, Some(target), Some(tag), Some(object))
+            }
+            Ref::Symbolic { full_ref_name, target, tag: None, object } => {
+                (full_ref_name, Some(target), Some(object), None)
+            }
+            Ref::Unborn { full_ref_name, target } => (full_ref_name, Some(target), None, None),
+        };
+        let fits = |name: &[u8]| gix::validate::reference::name(name.as_bstr()).is_ok();
+        if name == "HEAD" {
+            let target = target.filter(|target| fits(target)).and_then(|target| String::from_utf8(target.into()).ok());
+            listing.head = target.filter(|target| target.starts_with("refs/heads/"));
+        } else if let (Some(oid), true) = (oid, fits(&name))
+            && let Ok(name) = String::from_utf8(name.into())
+            && (name.starts_with("refs/heads/") || name.starts_with("refs/tags/"))
+        {
+            if let Some(peeled) = peeled {
+                listing.peeled.insert(name.clone(), peeled.to_string());
+            }
+            listing.refs.insert(name, oid.to_string());
+        }
+    }
+    if listing.refs.len() > MOST_REFS {
+        let message =
+            format!("the upstream has {} branches and tags; at most {MOST_REFS} are taken", listing.refs.len());
+        return Err(Failure::new(ErrorClass::Quota, message));
+    }
+    Ok(listing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn direct(name: &[u8]) -> Ref {
+        Ref::Direct { full_ref_name: name.into(), object: gix::ObjectId::null(gix::hash::Kind::Sha1) }
+    }
+
+    #[test]
+    fn only_branches_and_tags_with_proper_names_are_listed() {
+        let refs = [
+            &b"refs/heads/main"[..],
+            b"refs/pull/1/head",
+            b"refs/heads/a\x1b[31m",
+            b"refs/heads/..",
+            b"refs/tags/\xff",
+        ];
+        let listing = listing(refs.map(direct).into()).unwrap();
+        assert_eq!(listing.refs.keys().collect::<Vec<_>>(), ["refs/heads/main"]);
+    }
+
+    #[test]
+    fn a_head_leads_to_a_branch_or_nowhere() {
+        let unborn = |target: &str| Ref::Unborn { full_ref_name: "HEAD".into(), target: target.into() };
+        assert_eq!(listing(vec![unborn("refs/heads/x")]).unwrap().head.as_deref(), Some("refs/heads/x"));
+        assert_eq!(listing(vec![unborn("refs/x\n")]).unwrap().head, None);
+        assert_eq!(listing(vec![direct(b"HEAD")]).unwrap().head, None);
+    }
+
+    #[test]
+    fn millions_of_refs_are_refused() {
+        let refs = (0..=MOST_REFS).map(|n| direct(format!("refs/heads/{n}").as_bytes())).collect();
+        assert_eq!(listing(refs).unwrap_err().class, ErrorClass::Quota);
+    }
+}

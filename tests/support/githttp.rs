@@ -1,0 +1,477 @@
+//! A small git server over smart HTTP, for tests: `git http-backend` behind a listener of our own, with knobs for all
+//! the ways in which an upstream can misbehave.
+//!
+//! ```ignore
+//! #[path = "support/githttp.rs"]
+//! mod githttp;
+//!
+//! let upstream = githttp::Upstream::new();          // a bare repository below a temporary directory
+//! upstream.commit("main", &[("a.txt", "hello")]);   // commits straight into it, through git's plumbing
+//! let server = githttp::Server::start(upstream.root());
+//! let url = server.url("app.git");                  // http://localhost:<port>/app.git
+//! server.behave(githttp::Behaviour::status(429).header("Retry-After", "7"));
+//! assert_eq!(server.counts().packs, 0);
+//! ```
+//!
+//! Every request gets a connection of its own. The server ends when it is dropped, stalled answers included.
+
+#![allow(dead_code, reason = "each suite that includes this file uses its own part of it")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot be set up shall fail loudly")]
+
+use std::{
+    fmt::Write as _,
+    io::{BufRead, BufReader, Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use rustls::{
+    ServerConfig, ServerConnection, StreamOwned,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
+
+/// A bare repository `app.git` that tests commit to.
+pub(crate) struct Upstream {
+    root: tempfile::TempDir,
+}
+
+/// How the server answers.
+#[derive(Clone, Debug)]
+pub(crate) enum Behaviour {
+    /// As git does.
+    Serve,
+    /// With this status and these headers, and no git at all.
+    Answer {
+        /// The status code.
+        status: u16,
+        /// Header lines.
+        headers: Vec<(String, String)>,
+    },
+    /// Not at all: the request is read and nothing is said.
+    Stall,
+    /// Packs stop after so many bytes, and the connection stays open; all else as git does.
+    StallPack {
+        /// Bytes of the answer's body that are still sent.
+        after: usize,
+    },
+    /// Packs stop after so many bytes, and the connection is closed; all else as git does.
+    CutPack {
+        /// Bytes of the answer's body that are still sent.
+        after: usize,
+    },
+}
+
+/// What was asked for so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// All requests.
+    pub(crate) requests: usize,
+    /// Listings of refs (`ls-refs` of protocol version 2).
+    pub(crate) listings: usize,
+    /// Requests for a pack, rounds of negotiation included.
+    pub(crate) packs: usize,
+    /// Requests that carried a credential.
+    pub(crate) authorised: usize,
+}
+
+/// The server.
+pub(crate) struct Server {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    listener: Option<JoinHandle<()>>,
+    scheme: &'static str,
+}
+
+/// A connection, encrypted or not.
+trait Stream: Read + Write {}
+
+impl<S: Read + Write> Stream for S {}
+
+struct Shared {
+    tls: Option<Arc<ServerConfig>>,
+    root: PathBuf,
+    stopped: AtomicBool,
+    state: Mutex<State>,
+}
+
+struct State {
+    behaviour: Behaviour,
+    /// The value of `Authorization` that is required.
+    authorization: Option<String>,
+    counts: Counts,
+}
+
+struct Request {
+    method: String,
+    path: String,
+    query: String,
+    headers: Vec<(String, String)>,
+    body: Vec<u8>,
+}
+
+impl Upstream {
+    /// An empty repository whose `HEAD` is `main`.
+    pub(crate) fn new() -> Self {
+        let upstream = Self { root: tempfile::tempdir().unwrap() };
+        upstream.git(&["init", "--quiet", "--bare", "--initial-branch=main", "."]);
+        upstream
+    }
+
+    /// The directory to serve.
+    pub(crate) fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// The repository itself.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.root.path().join("app.git")
+    }
+
+    /// Its address for a transport without a server.
+    pub(crate) fn file_url(&self) -> String {
+        format!("file://{}", self.path().display())
+    }
+
+    /// Commits `files` (and nothing else) to `branch` and returns the commit.
+    pub(crate) fn commit(&self, branch: &str, files: &[(&str, &str)]) -> String {
+        let mut tree = String::new();
+        for (name, text) in files {
+            let blob = self.feed(&["hash-object", "-w", "--stdin"], text.as_bytes());
+            let _ = writeln!(tree, "100644 blob {blob}\t{name}");
+        }
+        let tree = self.feed(&["mktree"], tree.as_bytes());
+        let name = format!("refs/heads/{branch}");
+        let parent = self.git_output(&["rev-parse", "--quiet", "--verify", &name]);
+        let mut arguments = vec!["commit-tree", "-m", "a commit", &tree];
+        if let Some(parent) = &parent {
+            arguments.extend(["-p", parent]);
+        }
+        let commit = self.feed(&arguments, b"");
+        self.git(&["update-ref", &name, &commit]);
+        commit
+    }
+
+    /// Commits a file of so many bytes that do not compress.
+    pub(crate) fn commit_noise(&self, branch: &str, bytes: usize) -> String {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ bytes as u64;
+        let mut text = String::with_capacity(bytes);
+        while text.len() < bytes {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let _ = write!(text, "{state:016x}");
+        }
+        self.commit(branch, &[("noise.txt", &text)])
+    }
+
+    /// Runs git in the repository; it must succeed.
+    pub(crate) fn git(&self, arguments: &[&str]) -> String {
+        self.git_output(arguments).unwrap_or_else(|| panic!("git {arguments:?} failed"))
+    }
+
+    fn git_output(&self, arguments: &[&str]) -> Option<String> {
+        std::fs::create_dir_all(self.path()).unwrap();
+        let output = git_command(&self.path()).args(arguments).stderr(Stdio::null()).output().unwrap();
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    }
+
+    fn feed(&self, arguments: &[&str], input: &[u8]) -> String {
+        let mut child =
+            git_command(&self.path()).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "git {arguments:?} failed");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+}
+
+/// The authority that signed the certificate of [`Server::start_tls`].
+pub(crate) fn ca_file() -> PathBuf {
+    tls_directory().join("ca.pem")
+}
+
+fn tls_directory() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/tls")
+}
+
+/// Git in `directory`, independent of who runs the tests.
+pub(crate) fn git_command(directory: &Path) -> Command {
+    let mut command = Command::new("git");
+    command.current_dir(directory).env("GIT_CONFIG_NOSYSTEM", "1").env("GIT_CONFIG_GLOBAL", "/dev/null");
+    for role in ["AUTHOR", "COMMITTER"] {
+        command.env(format!("GIT_{role}_NAME"), "Tester").env(format!("GIT_{role}_EMAIL"), "tester@example.org");
+        command.env(format!("GIT_{role}_DATE"), "2026-01-01T00:00:00Z");
+    }
+    command
+}
+
+impl Behaviour {
+    /// An answer with this status.
+    pub(crate) fn status(status: u16) -> Self {
+        Self::Answer { status, headers: Vec::new() }
+    }
+
+    /// The same answer with one more header.
+    pub(crate) fn header(self, name: &str, value: &str) -> Self {
+        match self {
+            Self::Answer { status, mut headers } => {
+                headers.push((name.to_owned(), value.to_owned()));
+                Self::Answer { status, headers }
+            }
+            other => other,
+        }
+    }
+}
+
+impl Server {
+    /// Serves the repositories below `root` on a free port of the loopback address.
+    pub(crate) fn start(root: &Path) -> Self {
+        Self::listen(root, None)
+    }
+
+    /// The same over TLS, with a certificate for `localhost` by the authority in [`ca_file`].
+    pub(crate) fn start_tls(root: &Path) -> Self {
+        let read = |pem: &str| std::fs::read(tls_directory().join(pem)).unwrap();
+        let certificate = CertificateDer::from_pem_slice(&read("cert.pem")).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(&read("key.pem")).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        Self::listen(root, Some(Arc::new(config)))
+    }
+
+    fn listen(root: &Path, tls: Option<Arc<ServerConfig>>) -> Self {
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = State { behaviour: Behaviour::Serve, authorization: None, counts: Counts::default() };
+        let shared =
+            Arc::new(Shared { tls, root: root.to_owned(), stopped: AtomicBool::new(false), state: Mutex::new(state) });
+        let serving = shared.clone();
+        let listener = std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                if serving.stopped.load(Ordering::SeqCst) {
+                    break;
+                }
+                let serving = serving.clone();
+                // A client that hangs up is its own affair.
+                std::thread::spawn(move || drop(serving.accept(&stream)));
+            }
+        });
+        Self { address, shared, listener: Some(listener), scheme }
+    }
+
+    /// The address of one repository.
+    pub(crate) fn url(&self, repository: &str) -> String {
+        format!("{}://localhost:{}/{repository}", self.scheme, self.address.port())
+    }
+
+    /// How requests are answered from now on.
+    pub(crate) fn behave(&self, behaviour: Behaviour) {
+        self.shared.state.lock().unwrap().behaviour = behaviour;
+    }
+
+    /// Requires Basic authentication from now on; `encoded` is the base64 of `user:password`.
+    pub(crate) fn require(&self, encoded: &str) {
+        self.shared.state.lock().unwrap().authorization = Some(format!("Basic {encoded}"));
+    }
+
+    /// What was asked for so far.
+    pub(crate) fn counts(&self) -> Counts {
+        self.shared.state.lock().unwrap().counts
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::SeqCst);
+        // Wakes the listener.
+        drop(TcpStream::connect(self.address));
+        if let Some(listener) = self.listener.take() {
+            listener.join().unwrap();
+        }
+    }
+}
+
+impl Shared {
+    fn accept(&self, socket: &TcpStream) -> std::io::Result<()> {
+        match &self.tls {
+            Some(config) => {
+                let tls = ServerConnection::new(config.clone()).map_err(std::io::Error::other)?;
+                let mut stream = StreamOwned::new(tls, socket);
+                let served = self.serve(&mut stream, socket);
+                stream.conn.send_close_notify();
+                let _ = stream.flush();
+                served
+            }
+            None => self.serve(&mut &*socket, socket),
+        }
+    }
+
+    fn serve(&self, stream: &mut impl Stream, socket: &TcpStream) -> std::io::Result<()> {
+        let request = Request::read(stream)?;
+        let is_pack = request.body.windows(13).any(|window| window == b"command=fetch");
+        let behaviour = {
+            let mut state = self.state.lock().unwrap();
+            let authorization = request.header("authorization").map(str::to_owned);
+            state.counts.requests += 1;
+            state.counts.packs += usize::from(is_pack);
+            state.counts.listings += usize::from(request.body.windows(15).any(|window| window == b"command=ls-refs"));
+            state.counts.authorised += usize::from(authorization.is_some());
+            if state.authorization.is_some() && state.authorization != authorization {
+                Behaviour::status(401).header("WWW-Authenticate", "Basic realm=\"git\"")
+            } else {
+                state.behaviour.clone()
+            }
+        };
+        match behaviour {
+            Behaviour::Serve => self.answer(stream, &request, usize::MAX).map(drop),
+            Behaviour::Answer { status, headers } => {
+                let mut head = format!("HTTP/1.1 {status} Status\r\nContent-Length: 0\r\nConnection: close\r\n");
+                for (name, value) in headers {
+                    let _ = write!(head, "{name}: {value}\r\n");
+                }
+                stream.write_all(format!("{head}\r\n").as_bytes())
+            }
+            Behaviour::Stall => {
+                self.hang(stream, socket);
+                Ok(())
+            }
+            Behaviour::StallPack { after } => {
+                if self.answer(stream, &request, if is_pack { after } else { usize::MAX })? {
+                    self.hang(stream, socket);
+                }
+                Ok(())
+            }
+            Behaviour::CutPack { after } => {
+                self.answer(stream, &request, if is_pack { after } else { usize::MAX })?;
+                socket.shutdown(Shutdown::Both)
+            }
+        }
+    }
+
+    /// Says nothing until the client hangs up or the server stops.
+    fn hang(&self, stream: &mut impl Stream, socket: &TcpStream) {
+        let _ = socket.set_read_timeout(Some(Duration::from_millis(50)));
+        while !self.stopped.load(Ordering::SeqCst) {
+            match stream.read(&mut [0]) {
+                Ok(0) => return,
+                Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return,
+                _ => {}
+            }
+        }
+    }
+
+    /// Answers as git does, but with at most `most` bytes of the body; whether that cut it short.
+    fn answer(&self, stream: &mut impl Stream, request: &Request, most: usize) -> std::io::Result<bool> {
+        let mut command = git_command(&self.root);
+        command
+            .arg("http-backend")
+            .env("GIT_PROJECT_ROOT", &self.root)
+            .env("GIT_HTTP_EXPORT_ALL", "1")
+            .env("REQUEST_METHOD", &request.method)
+            .env("PATH_INFO", &request.path)
+            .env("QUERY_STRING", &request.query)
+            .env("REMOTE_ADDR", "127.0.0.1")
+            .env("CONTENT_LENGTH", request.body.len().to_string())
+            .env("CONTENT_TYPE", request.header("content-type").unwrap_or_default())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        for (variable, header) in [("GIT_PROTOCOL", "git-protocol"), ("HTTP_CONTENT_ENCODING", "content-encoding")] {
+            if let Some(value) = request.header(header) {
+                command.env(variable, value);
+            }
+        }
+        let mut child = command.spawn()?;
+        // The backend reads its whole request before it answers.
+        let fed = child.stdin.take().map(|mut stdin| stdin.write_all(&request.body));
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let answered = fed.unwrap_or(Ok(())).and_then(|()| relay(stream, &mut output, most));
+        drop(output);
+        let _ = child.kill();
+        child.wait()?;
+        answered
+    }
+}
+
+/// Turns the output of a CGI program into an answer, chunk by chunk.
+fn relay(stream: &mut impl Stream, output: &mut impl BufRead, most: usize) -> std::io::Result<bool> {
+    let mut status = "200 OK".to_owned();
+    let mut head = String::new();
+    loop {
+        let mut line = String::new();
+        output.read_line(&mut line)?;
+        match line.trim_end() {
+            "" => break,
+            line => match line.strip_prefix("Status: ") {
+                Some(text) => text.clone_into(&mut status),
+                None => drop(write!(head, "{line}\r\n")),
+            },
+        }
+    }
+    write!(stream, "HTTP/1.1 {status}\r\n{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n")?;
+    let mut left = most;
+    let mut buffer = [0; 8192];
+    loop {
+        let count = output.read(&mut buffer)?;
+        if count == 0 {
+            write!(stream, "0\r\n\r\n")?;
+            return Ok(false);
+        }
+        let sent = count.min(left);
+        write!(stream, "{sent:x}\r\n")?;
+        stream.write_all(&buffer[..sent])?;
+        left -= sent;
+        if left == 0 {
+            return Ok(true);
+        }
+        stream.write_all(b"\r\n")?;
+    }
+}
+
+impl Request {
+    fn read(stream: &mut impl Stream) -> std::io::Result<Self> {
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let mut words = line.split_whitespace();
+        let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
+        let mut request = Self {
+            method: method.to_owned(),
+            path: path.to_owned(),
+            query: query.to_owned(),
+            headers: Vec::new(),
+            body: Vec::new(),
+        };
+        loop {
+            let mut line = String::new();
+            reader.read_line(&mut line)?;
+            match line.trim_end().split_once(':') {
+                Some((name, value)) => {
+                    request.headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
+                }
+                None => break,
+            }
+        }
+        if let Some(length) = request.header("content-length").and_then(|length| length.parse().ok()) {
+            reader.take(length).read_to_end(&mut request.body)?;
+        }
+        Ok(request)
+    }
+
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+}
