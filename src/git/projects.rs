@@ -14,26 +14,31 @@
 
 mod binding;
 mod dir;
+mod notes;
 mod objects;
 mod remove;
+mod staging;
+mod start;
 
 use std::{
     collections::HashMap,
     ffi::OsStr,
     io,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use rustix::fs::FileType;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::Serialize;
 
 pub(crate) use self::binding::{Applied, Binding, Follows, Stamp, Tombstone};
-pub(crate) use self::dir::{Dir, Identity};
+pub(crate) use self::{
+    dir::{Dir, Identity},
+    notes::PullNote,
+    staging::Staging,
+};
 use crate::{
     failure::Failure,
-    protocol::{ProjectId, TargetPath, TaskId},
+    protocol::{ProjectId, TargetPath},
 };
 
 /// The name of the agent's own directory; no `target_path` begins with a dot.
@@ -53,7 +58,9 @@ pub(crate) struct Projects {
     gone: Dir,
     pulls: Dir,
     trash: Dir,
-    /// Held while a directory is placed or taken away, so that two projects never write one binding.
+    /// Held by whoever changes a file of ours, so that two projects never write one binding.
+    turn: Mutex<()>,
+    /// Held for moments only: it is asked while a disk is slow.
     known: Mutex<Known>,
 }
 
@@ -63,24 +70,6 @@ struct Known {
     bindings: HashMap<ProjectId, Binding>,
     targets: HashMap<String, ProjectId>,
     tombstones: HashMap<ProjectId, Tombstone>,
-}
-
-/// A project in the making. Dropping it leaves the directory to [`Projects::discard`] or the next start.
-#[derive(Debug)]
-pub(crate) struct Staging {
-    name: String,
-    dir: Dir,
-}
-
-/// What a pull was about to write when it was interrupted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct PullNote {
-    /// The project.
-    pub(crate) project: ProjectId,
-    /// The commit that was checked out; `None` where there was none yet.
-    pub(crate) old: Option<String>,
-    /// The commit that was being checked out.
-    pub(crate) new: String,
 }
 
 /// What a clone finds at its target.
@@ -110,6 +99,7 @@ impl Projects {
             trash: trash?,
             root,
             ours,
+            turn: Mutex::default(),
             known: Mutex::default(),
         };
         projects.read()?;
@@ -122,46 +112,8 @@ impl Projects {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read(&self) -> Result<(), Failure> {
-        let mut known = self.known();
-        for tombstone in read_all::<Tombstone>(&self.gone)? {
-            known.tombstones.insert(tombstone.project, tombstone);
-        }
-        for binding in read_all::<Binding>(&self.owners)? {
-            // Of a crash between two steps: the side that was written later counts.
-            let later = known.tombstones.get(&binding.project).map(|tombstone| tombstone.applied.seq);
-            let other = known.bindings.get(&binding.project).map(|other| other.applied.seq);
-            if later.max(other).is_some_and(|seq| seq > binding.applied.seq) {
-                self.owners.unlink_durably(&binding.target)?;
-                continue;
-            }
-            if let Some(stale) = known.bindings.remove(&binding.project) {
-                self.owners.unlink_durably(&stale.target)?;
-                known.targets.remove(&stale.target);
-            }
-            known.targets.insert(binding.target.clone(), binding.project);
-            known.bindings.insert(binding.project, binding);
-        }
-        Ok(())
-    }
-
-    /// Removes projects in the making and trash, and notes of pulls whose project is gone.
-    fn sweep(&self) -> Result<(), Failure> {
-        for (name, _) in self.ours.entries()? {
-            if !FIXED.iter().any(|fixed| OsStr::new(fixed) == name) {
-                remove_loudly(&self.ours, &name);
-            }
-        }
-        for (name, _) in self.trash.entries()? {
-            remove_loudly(&self.trash, &name);
-        }
-        let known = self.known();
-        for (name, _) in self.pulls.entries()? {
-            if !name.to_str().is_some_and(|target| known.targets.contains_key(target)) {
-                remove_loudly(&self.pulls, &name);
-            }
-        }
-        Ok(())
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Refuses to go on where the path no longer leads to the directory that was opened.
@@ -224,59 +176,24 @@ impl Projects {
         Ok(Site::Free)
     }
 
-    /// Makes a directory for a project in the making, entered by the agent alone.
-    ///
-    /// # Errors
-    /// When it cannot be made.
-    pub(crate) fn stage(&self, task: &TaskId) -> Result<Staging, Failure> {
-        self.same_root()?;
-        let name = format!("{task}-{:032x}", rand::random::<u128>());
-        let dir = self.ours.make(&name, 0o700)?;
-        Ok(Staging { name, dir })
-    }
-
-    /// Copies the objects of `mirror` into a project in the making.
-    ///
-    /// # Errors
-    /// When that fails, or what `moved` said.
-    pub(crate) fn copy_objects(
-        &self,
-        staging: &Staging,
-        mirror: &Path,
-        moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
-        let git = staging.dir.ensure(".git", 0o755)?;
-        objects::copy(mirror, &git.ensure("objects", 0o755)?, moved)
-    }
-
-    /// Writes everything of a project in the making to the disk, once for all its files.
-    ///
-    /// # Errors
-    /// `disk` where the disk refuses.
-    pub(crate) fn flush(&self, staging: &Staging) -> Result<(), Failure> {
-        staging.dir.set_mode(0o755)?;
-        // A file system whose device failed keeps the error for this call.
-        rustix::fs::syncfs(&staging.dir).map_err(io::Error::from)?;
-        Ok(())
-    }
-
     /// Lets a project in the making appear under its name: the binding first, durable, then one rename.
     ///
     /// # Errors
     /// `conflict` where something stands there by now; the former binding is then in force again.
     pub(crate) fn place(&self, staging: &Staging, mut binding: Binding, stamp: &Stamp) -> Result<Binding, Failure> {
         self.same_root()?;
-        let mut known = self.known();
+        let _turn = self.turn();
         let target = binding.target.clone();
-        if let Some(other) = known.targets.get(&target).filter(|&&other| other != binding.project) {
+        let owner = self.known().targets.get(&target).copied();
+        if let Some(other) = owner.filter(|&other| other != binding.project) {
             return Err(Failure::conflict(format!("{target} belongs to project {other} by now")));
         }
         if self.root.look(&target)?.is_some() {
             return Err(Failure::conflict(format!("{target} exists by now and is no project of this agent")));
         }
-        let former = known.bindings.get(&binding.project).cloned();
-        let tombstone = known.tombstones.get(&binding.project);
-        binding.applied = former.as_ref().map(|b| &b.applied).or(tombstone.map(|t| &t.applied)).cloned().unwrap_or_default();
+        let (former, tombstone) = self.of(binding.project);
+        binding.applied =
+            former.as_ref().map(|b| &b.applied).or(tombstone.as_ref().map(|t| &t.applied)).cloned().unwrap_or_default();
         binding.applied.advance(stamp);
         binding.directory = staging.dir.identity()?;
         self.owners.write_durably(&target, &text(&binding)?)?;
@@ -295,20 +212,17 @@ impl Projects {
         self.ours.sync()?;
         if let Some(former) = former.filter(|former| former.target != target) {
             self.owners.unlink_durably(&former.target)?;
-            known.targets.remove(&former.target);
+            self.known().targets.remove(&former.target);
         }
-        if known.tombstones.remove(&binding.project).is_some() {
+        if tombstone.is_some() {
             self.gone.unlink_durably(&binding.project.to_string())?;
         }
         self.pulls.unlink_durably(&target)?;
+        let mut known = self.known();
+        known.tombstones.remove(&binding.project);
         known.targets.insert(target, binding.project);
         known.bindings.insert(binding.project, binding.clone());
         Ok(binding)
-    }
-
-    /// Removes a project in the making.
-    pub(crate) fn discard(&self, staging: &Staging) {
-        remove_loudly(&self.ours, OsStr::new(&staging.name));
     }
 
     /// Counts a task that succeeded on a bound project, and notes when its upstream was listed.
@@ -321,15 +235,14 @@ impl Projects {
         stamp: &Stamp,
         change: impl FnOnce(&mut Binding),
     ) -> Result<Binding, Failure> {
-        let mut known = self.known();
+        let _turn = self.turn();
         let missing = || Failure::internal(format!("project {project} lost its binding while a task worked on it"));
-        let binding = known.bindings.get_mut(&project).ok_or_else(missing)?;
-        let mut next = binding.clone();
-        next.applied.advance(stamp);
-        change(&mut next);
-        self.owners.write_durably(&next.target, &text(&next)?)?;
-        *binding = next.clone();
-        Ok(next)
+        let mut binding = self.of(project).0.ok_or_else(missing)?;
+        binding.applied.advance(stamp);
+        change(&mut binding);
+        self.owners.write_durably(&binding.target, &text(&binding)?)?;
+        self.known().bindings.insert(project, binding.clone());
+        Ok(binding)
     }
 
     /// Takes a project out of view, leaves its tombstone, and names what is left to remove in the trash.
@@ -338,8 +251,8 @@ impl Projects {
     /// `conflict` where the directory was swapped for another.
     pub(crate) fn bury(&self, project: ProjectId, stamp: &Stamp) -> Result<Option<String>, Failure> {
         self.same_root()?;
-        let mut known = self.known();
-        let binding = known.bindings.get(&project).cloned();
+        let _turn = self.turn();
+        let (binding, former) = self.of(project);
         let mut buried = None;
         if let Some(binding) = &binding
             && self.directory(binding)?.is_some()
@@ -356,14 +269,15 @@ impl Projects {
             buried = Some(name);
         }
         let applied = binding.as_ref().map(|binding| binding.applied.clone());
-        let applied = applied.or_else(|| known.tombstones.get(&project).map(|t| t.applied.clone()));
+        let applied = applied.or(former.map(|former| former.applied));
         let mut tombstone = Tombstone { project, applied: applied.unwrap_or_default() };
         tombstone.applied.advance(stamp);
         self.gone.write_durably(&project.to_string(), &text(&tombstone)?)?;
-        known.tombstones.insert(project, tombstone);
+        self.known().tombstones.insert(project, tombstone);
         if let Some(binding) = binding {
             self.owners.unlink_durably(&binding.target)?;
             self.pulls.unlink_durably(&binding.target)?;
+            let mut known = self.known();
             known.targets.remove(&binding.target);
             known.bindings.remove(&project);
         }
@@ -383,14 +297,17 @@ impl Projects {
     /// # Errors
     /// When it cannot be written.
     pub(crate) fn forget(&self, project: ProjectId) -> Result<(), Failure> {
-        let mut known = self.known();
-        if let Some(binding) = known.bindings.get_mut(&project) {
+        let _turn = self.turn();
+        let (binding, tombstone) = self.of(project);
+        if let Some(mut binding) = binding {
             binding.applied.mark = None;
-            self.owners.write_durably(&binding.target, &text(binding)?)?;
+            self.owners.write_durably(&binding.target, &text(&binding)?)?;
+            self.known().bindings.insert(project, binding);
         }
-        if let Some(tombstone) = known.tombstones.get_mut(&project) {
+        if let Some(mut tombstone) = tombstone {
             tombstone.applied.mark = None;
-            self.gone.write_durably(&project.to_string(), &text(tombstone)?)?;
+            self.gone.write_durably(&project.to_string(), &text(&tombstone)?)?;
+            self.known().tombstones.insert(project, tombstone);
         }
         Ok(())
     }
@@ -398,42 +315,6 @@ impl Projects {
     /// Whose project a directory is, by its name.
     pub(crate) fn owner(&self, target: &TargetPath) -> Option<ProjectId> {
         self.known().targets.get(target.as_str()).copied()
-    }
-
-    /// Notes what a pull is about to write, durably.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub(crate) fn note_pull(&self, target: &str, note: &PullNote) -> Result<(), Failure> {
-        Ok(self.pulls.write_durably(target, &text(note)?)?)
-    }
-
-    /// What an interrupted pull of a project noted.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub(crate) fn noted_pull(&self, binding: &Binding) -> Result<Option<PullNote>, Failure> {
-        let note = self.pulls.read(&binding.target, LONGEST)?;
-        let note = note.and_then(|bytes| serde_json::from_slice::<PullNote>(&bytes).ok());
-        Ok(note.filter(|note| note.project == binding.project))
-    }
-
-    /// Strikes the note off.
-    ///
-    /// # Errors
-    /// When it cannot be removed.
-    pub(crate) fn strike_pull(&self, target: &str) -> Result<(), Failure> {
-        Ok(self.pulls.unlink_durably(target)?)
-    }
-}
-
-impl Staging {
-    /// A descriptor of it, for a child.
-    ///
-    /// # Errors
-    /// When there are no descriptors left.
-    pub(crate) fn handle(&self) -> Result<OwnedFd, Failure> {
-        Ok(self.dir.handle()?)
     }
 }
 
@@ -447,33 +328,6 @@ fn text(value: &impl Serialize) -> Result<Vec<u8>, Failure> {
     let mut text = serde_json::to_vec_pretty(value).map_err(|error| Failure::internal(error.to_string()))?;
     text.push(b'\n');
     Ok(text)
-}
-
-/// Every file of `dir` that can be read as `T`; half-written ones are removed, unreadable ones left and reported.
-fn read_all<T: DeserializeOwned>(dir: &Dir) -> Result<Vec<T>, Failure> {
-    let mut all = Vec::new();
-    for (name, kind) in dir.entries()? {
-        if name.as_encoded_bytes().starts_with(b".") {
-            remove_loudly(dir, &name);
-        } else if kind == FileType::RegularFile {
-            let read = dir.read(&name, LONGEST)?;
-            match read.map(|bytes| serde_json::from_slice(&bytes)) {
-                Some(Ok(value)) => all.push(value),
-                Some(Err(error)) => {
-                    tracing::warn!(file.name = %name.display(), %error, "a file of the projects directory is damaged");
-                }
-                None => {}
-            }
-        }
-    }
-    Ok(all)
-}
-
-/// Removes what is left over; what cannot be removed is tried again at the next start.
-fn remove_loudly(dir: &Dir, name: &OsStr) {
-    if let Err(error) = remove::remove(dir, name, &mut || true) {
-        tracing::warn!(file.name = %name.display(), %error, "a leftover of the projects directory cannot be removed");
-    }
 }
 
 #[cfg(test)]

@@ -21,8 +21,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 /// A name is one component, and nothing on the way is a link.
-const BENEATH: ResolveFlags =
-    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
 /// An open directory.
 #[derive(Debug)]
@@ -122,12 +121,13 @@ impl Dir {
     pub(crate) fn write_durably(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         // Names of ours never begin with a dot, so this is nobody else's.
         let beside = format!(".{:032x}", rand::random::<u128>());
-        let written = self.open_file(&beside, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o600).and_then(|mut file| {
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            renameat_with(&self.0, beside.as_str(), &self.0, name, RenameFlags::empty())?;
-            self.sync()
-        });
+        let written =
+            self.open_file(&beside, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o600).and_then(|mut file| {
+                file.write_all(bytes)?;
+                file.sync_all()?;
+                renameat_with(&self.0, beside.as_str(), &self.0, name, RenameFlags::empty())?;
+                self.sync()
+            });
         if written.is_err() {
             let _ = unlinkat(&self.0, beside.as_str(), AtFlags::empty());
         }

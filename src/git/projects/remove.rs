@@ -100,7 +100,7 @@ mod tests {
         let locked = trash.join("x/locked");
         fs::create_dir(&locked).unwrap();
         fs::write(locked.join("f"), "x").unwrap();
-        fs::set_permissions(&locked, std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+        fs::set_permissions(&locked, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
         let dir = Dir::open(&trash).unwrap();
         remove(&dir, OsStr::new("x"), &mut || true).unwrap();
         assert!(dir.entries().unwrap().is_empty());

@@ -3,7 +3,10 @@
 use std::{fs, os::unix::fs::symlink, path::Path};
 
 use super::*;
-use crate::{failure::ErrorClass, protocol::Place};
+use crate::{
+    failure::ErrorClass,
+    protocol::{Place, TaskId},
+};
 
 fn stamp(task: &str, arrived: i64) -> Stamp {
     Stamp { task: TaskId::new(task).unwrap(), round: 0, place: Place { generation: None, arrived } }
@@ -29,7 +32,7 @@ fn binding(project: ProjectId, name: &str) -> Binding {
 
 fn place(projects: &Projects, project: ProjectId, name: &str, task: &str) -> Result<Binding, Failure> {
     let staging = projects.stage(&TaskId::new(task).unwrap())?;
-    projects.flush(&staging)?;
+    staging.flush()?;
     projects.place(&staging, binding(project, name), &stamp(task, 1))
 }
 
