@@ -1,5 +1,11 @@
 //! Doing the work: one file per kind of task.
 
+mod clone;
+mod delete;
+mod executor;
+mod pull;
+mod status;
+
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -9,6 +15,8 @@ use crate::{
     git::Run,
     protocol::{Place, ProjectId, Round, Task, TaskResult},
 };
+
+pub use self::executor::GitExecutor;
 
 /// One execution of a task.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,7 +53,7 @@ pub struct Limits {
     pub stall: Duration,
 }
 
-/// What executes tasks. The real one is [`Git`](crate::git); benchmarks and pipeline tests bring their own.
+/// What executes tasks. The real one is [`GitExecutor`]; benchmarks and pipeline tests bring their own.
 #[async_trait]
 pub trait Execute: Send + Sync + 'static {
     /// What is known of a project.

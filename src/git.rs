@@ -7,9 +7,15 @@ pub mod credential;
 pub mod mirror;
 pub mod pack;
 pub mod policy;
+mod projects;
 pub mod run;
 pub mod settings;
 mod transfer;
-mod workspace;
+pub(crate) mod workspace;
 
+pub(crate) use child::Children;
+pub(crate) use mirror::{Fetched, Listing, Mirrors, Want};
+pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Projects, PullNote, Site, Staging, Stamp};
 pub use run::{Fence, Run};
+pub use settings::GitSettings;
+pub(crate) use workspace::{Budget, Look, Looked, Make, Pull, Pulled};

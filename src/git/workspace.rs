@@ -1,11 +1,155 @@
 //! The workspace role: one project, nothing else.
+//!
+//! The agent hands the child a descriptor of the project's directory and says what to do in it. What the child answers
+//! is read with limits: it works among files that a stranger may have written.
 
-use std::process::ExitCode;
+mod apply;
+mod backup;
+mod guard;
+mod look;
+mod make;
+mod open;
+mod plan;
+mod pull;
+mod receive;
+mod skeleton;
+mod walk;
 
-use super::child::serve;
-use crate::failure::Failure;
+use std::{fs::OpenOptions, os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
+
+use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use self::pull::Question;
+pub(crate) use self::{
+    look::{Look, Looked},
+    make::{Made, Make},
+    pull::{Pull, Pulled},
+    walk::Budget,
+};
+use super::{
+    Run,
+    child::{Children, Reporter, Role, inherited, serve},
+    projects::Dir,
+};
+use crate::failure::{ErrorClass, Failure};
+
+/// How long a child in a project that its user can write to may take without a step: its files can block for ever.
+const STEP: Duration = Duration::from_secs(10);
+
+/// What the agent asks of the child.
+#[derive(Serialize, Deserialize)]
+struct Request {
+    /// The descriptor of the project's directory.
+    directory: i32,
+    /// What to do there.
+    order: Order,
+}
+
+/// The orders.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Order {
+    /// Turn objects into a project.
+    Make(Make),
+    /// Report.
+    Look(Look),
+    /// Bring up to date.
+    Pull(Pull),
+}
+
+/// Makes the project whose objects are in `directory` already.
+///
+/// # Errors
+/// `quota`, `forbidden` or `corrupt` for a tree that is not to be checked out; otherwise as [`Children::run`].
+pub(crate) async fn make(children: &Children, directory: OwnedFd, order: Make, run: &Run<'_>) -> Result<Made, Failure> {
+    let request = Request { directory: directory.as_raw_fd(), order: Order::Make(order) };
+    children.run(Role::Workspace, &request, vec![directory], run).await
+}
+
+/// Looks at a project.
+///
+/// # Errors
+/// `conflict` where it is not a project that can be worked in.
+pub(crate) async fn look(
+    children: &Children,
+    directory: OwnedFd,
+    order: Look,
+    run: &Run<'_>,
+) -> Result<Looked, Failure> {
+    let request = Request { directory: directory.as_raw_fd(), order: Order::Look(order) };
+    children.run(Role::Workspace, &request, vec![directory], &patient(run)).await.map_err(altered)
+}
+
+/// Pulls in a project; a pack is read from `pack`. `note` is asked before the first file is written.
+///
+/// # Errors
+/// `conflict` where something of the user is in the way.
+pub(crate) async fn pull<'a>(
+    children: &Children,
+    directory: OwnedFd,
+    pack: Option<OwnedFd>,
+    mut order: Pull,
+    run: &Run<'_>,
+    mut note: impl FnMut(Option<String>, String) -> BoxFuture<'a, Result<(), Failure>> + Send,
+) -> Result<Pulled, Failure> {
+    order.pack = pack.as_ref().map(AsRawFd::as_raw_fd);
+    let request = Request { directory: directory.as_raw_fd(), order: Order::Pull(order) };
+    let inherit = std::iter::once(directory).chain(pack).collect();
+    let answer = |question: Value| -> BoxFuture<'a, Result<Value, Failure>> {
+        match serde_json::from_value(question) {
+            Ok(Question::Note { old, new }) => {
+                let noted = note(old, new);
+                Box::pin(async move { noted.await.map(|()| Value::Null) })
+            }
+            Err(_) => Box::pin(async { Err(Failure::internal("a workspace child asked something unknown")) }),
+        }
+    };
+    children.run_asking(Role::Workspace, &request, inherit, &patient(run), answer).await.map_err(altered)
+}
+
+/// The bounds of `run` with the stall limit of work among a user's files.
+fn patient<'a>(run: &Run<'a>) -> Run<'a> {
+    Run {
+        deadline: run.deadline,
+        stall: run.stall.min(STEP),
+        cancel: run.cancel.clone(),
+        progress: run.progress,
+        fence: run.fence,
+    }
+}
+
+/// A child that got stuck met something that never ends, such as a pipe in place of a file.
+fn altered(failure: Failure) -> Failure {
+    match failure.class {
+        ErrorClass::Stalled => Failure::conflict("the workspace was altered: a file in it cannot be read to its end"),
+        _ => failure,
+    }
+}
 
 /// `haul child workspace`.
 pub(super) fn main() -> ExitCode {
-    serve(|(): (), _| -> Result<(), Failure> { Err(Failure::internal("this build has no workspace role")) })
+    serve(|request: Request, reporter| {
+        let directory = directory(request.directory)?;
+        match request.order {
+            Order::Make(order) => value(make::run(&directory, &order, reporter)?),
+            Order::Look(order) => value(look::run(&directory, &order, reporter)?),
+            Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
+        }
+    })
+}
+
+fn directory(number: i32) -> Result<Dir, Failure> {
+    let file = inherited(number, OpenOptions::new().read(true))?;
+    Ok(Dir::from(OwnedFd::from(file)))
+}
+
+fn value(answer: impl Serialize) -> Result<Value, Failure> {
+    serde_json::to_value(answer).map_err(|error| Failure::internal(error.to_string()))
+}
+
+/// Asks the agent and waits.
+fn ask<A: DeserializeOwned>(reporter: &Reporter, question: &Question) -> Result<A, Failure> {
+    reporter.ask(question)
 }

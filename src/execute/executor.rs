@@ -1,0 +1,132 @@
+//! The executor that does real git work.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+
+use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, status};
+use crate::{
+    failure::Failure,
+    git::{Budget, Children, GitSettings, Mirrors, Projects, Run, Stamp},
+    protocol::{ProjectId, Task, TaskResult, Work},
+};
+
+/// Executes tasks on the projects of one agent.
+pub struct GitExecutor {
+    pub(super) settings: GitSettings,
+    pub(super) children: Children,
+    pub(super) mirrors: Mirrors,
+    pub(super) projects: Arc<Projects>,
+}
+
+impl GitExecutor {
+    /// Opens the projects directory and the mirrors, and sweeps what a crash left in them.
+    ///
+    /// `program` is the `haul` binary, whose children do the work.
+    ///
+    /// # Errors
+    /// When a directory is a link or cannot be made, read or written.
+    pub async fn open(
+        settings: &GitSettings,
+        storage: &Path,
+        projects: &Path,
+        program: PathBuf,
+    ) -> Result<Self, Failure> {
+        let children = Children::new(program, settings.kill_grace)?;
+        let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
+        let path = projects.to_owned();
+        let projects = blocking(move || Projects::open(&path)).await?;
+        Ok(Self { settings: settings.clone(), children, mirrors, projects: Arc::new(projects) })
+    }
+
+    /// How large a tree may be.
+    pub(super) fn budget(&self) -> Budget {
+        Budget { files: self.settings.max_files, bytes: self.settings.max_bytes.as_u64() }
+    }
+
+    /// Does `work` on the projects directory, in a thread that may block.
+    pub(super) async fn on_projects<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Projects) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let projects = Arc::clone(&self.projects);
+        blocking(move || work(&projects)).await
+    }
+}
+
+/// Runs `work` in a thread that may block, to its end even where nobody waits any more.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let lost = |error| Failure::internal(format!("a thread of the executor was lost: {error}"));
+    tokio::task::spawn_blocking(work).await.map_err(lost)?
+}
+
+/// What a success of `job` writes into the project's order.
+pub(super) fn stamp(job: &Job) -> Stamp {
+    Stamp { task: job.task.id.clone(), round: job.round, place: job.place }
+}
+
+#[async_trait]
+impl Execute for GitExecutor {
+    async fn project(&self, project: ProjectId) -> ProjectState {
+        let (binding, tombstone) = self.projects.of(project);
+        match (binding, tombstone) {
+            (Some(binding), _) => {
+                let (seq, mark) = (binding.applied.seq, binding.applied.mark);
+                let there = self.on_projects(move |projects| Ok(projects.directory(&binding)?.is_some())).await;
+                ProjectState { seq, mark, active: there.unwrap_or(false), deleted: false }
+            }
+            (None, Some(tombstone)) => {
+                ProjectState { seq: tombstone.applied.seq, mark: tombstone.applied.mark, active: false, deleted: true }
+            }
+            (None, None) => ProjectState::default(),
+        }
+    }
+
+    fn admit(&self, task: &Task) -> Result<(), Failure> {
+        match &task.work {
+            Work::Clone(work) => {
+                let unsupported = [
+                    ("submodules", work.submodules),
+                    ("lfs", work.lfs),
+                    ("depth", work.depth.is_some()),
+                    ("owner", work.owner.is_some()),
+                ];
+                if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
+                    return Err(Failure::invalid(format!("this agent does not support {field}")));
+                }
+                self.mirrors.allow(&work.url)
+            }
+            Work::Pull(work) => work.url.as_ref().map_or(Ok(()), |url| self.mirrors.allow(url)),
+            Work::Delete(_) | Work::Status(_) => Ok(()),
+        }
+    }
+
+    fn limits(&self, task: &Task) -> Limits {
+        let longest = self.settings.max_timeout;
+        Limits {
+            timeout: task.timeout.unwrap_or(self.settings.timeout).min(longest),
+            stall: task.stall.unwrap_or(self.settings.stall).min(longest),
+        }
+    }
+
+    async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure> {
+        let begun = tokio::time::Instant::now();
+        let mut result = match &job.task.work {
+            Work::Clone(work) => clone::execute(self, job, work, run).await,
+            Work::Pull(work) => pull::execute(self, job, work, run).await,
+            Work::Delete(work) => delete::execute(self, job, work, run).await,
+            Work::Status(work) => status::execute(self, job, work, run).await,
+        }?;
+        result.duration_ms = Some(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
+        Ok(result)
+    }
+
+    async fn forget(&self, project: ProjectId) -> Result<(), Failure> {
+        self.on_projects(move |projects| projects.forget(project)).await
+    }
+}

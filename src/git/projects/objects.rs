@@ -1,0 +1,96 @@
+//! Copying the objects of a mirror into a new project.
+//!
+//! Cloned where the file system can, else copied; never hard links, through which the owner of a project could
+//! change the mirror.
+
+use std::{fs::File, io, os::unix::ffi::OsStrExt, path::Path};
+
+use rustix::{
+    fs::{FileType, OFlags, copy_file_range, ioctl_ficlone},
+    io::Errno,
+};
+
+use super::dir::Dir;
+use crate::failure::{ErrorClass, Failure};
+
+/// How much is copied between two looks at whether to go on.
+const CHUNK: usize = 32 << 20;
+
+/// Copies packs and loose objects from the bare repository `mirror` into the `objects` directory `into`.
+///
+/// `moved` is told the bytes of every piece, and stops the copy with an error of its own.
+///
+/// # Errors
+/// When something cannot be read or written, or what `moved` said.
+pub(super) fn copy(
+    mirror: &Path,
+    into: &Dir,
+    moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let from = Dir::open(&mirror.join("objects"))?;
+    let packs = into.ensure("pack", 0o755)?;
+    into.ensure("info", 0o755)?;
+    for (name, kind) in from.entries()? {
+        let bytes = name.as_bytes();
+        if kind == FileType::Directory && bytes.len() == 2 && bytes.iter().all(u8::is_ascii_hexdigit) {
+            let fan = name.to_str().ok_or_else(|| Failure::internal("a name of two digits is not text"))?;
+            copy_files(&from.child(&name)?, &into.ensure(fan, 0o755)?, &|file| file.len() == 38, moved)?;
+        }
+    }
+    match from.child("pack") {
+        Ok(source) => {
+            let whole = |file: &[u8]| {
+                file.starts_with(b"pack-") && [&b".pack"[..], b".idx", b".rev"].iter().any(|end| file.ends_with(end))
+            };
+            copy_files(&source, &packs, &whole, moved)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn copy_files(
+    from: &Dir,
+    into: &Dir,
+    wanted: &dyn Fn(&[u8]) -> bool,
+    moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    for (name, kind) in from.entries()? {
+        if matches!(kind, FileType::RegularFile | FileType::Unknown) && wanted(name.as_bytes()) {
+            let source = from.open_file(&name, OFlags::RDONLY, 0)?;
+            let target = into.open_file(&name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
+            copy_file(&source, &target, moved)?;
+            rustix::fs::fchmod(&target, rustix::fs::Mode::from_raw_mode(0o444)).map_err(io::Error::from)?;
+        }
+    }
+    Ok(())
+}
+
+fn copy_file(source: &File, target: &File, moved: &mut dyn FnMut(u64) -> Result<(), Failure>) -> Result<(), Failure> {
+    let length = source.metadata()?.len();
+    if ioctl_ficlone(target, source).is_ok() {
+        return moved(length);
+    }
+    let mut copied = 0;
+    loop {
+        match copy_file_range(source, None, target, None, CHUNK) {
+            Ok(0) => break,
+            Ok(count) => {
+                copied += count as u64;
+                moved(count as u64)?;
+            }
+            Err(Errno::INTR) => {}
+            // Older kernels, and some pairs of file systems.
+            Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) if copied == 0 => {
+                copied = io::copy(&mut &*source, &mut &*target)?;
+                moved(copied)?;
+                break;
+            }
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+    }
+    if copied != length {
+        return Err(Failure::new(ErrorClass::Internal, "a mirror changed while it was copied"));
+    }
+    Ok(())
+}

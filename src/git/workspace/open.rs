@@ -1,0 +1,69 @@
+//! Opening a repository that its user can write to.
+
+use std::{os::fd::AsFd, os::fd::AsRawFd, path::Path, sync::Once};
+
+use git2::{ConfigLevel, ErrorCode, Repository, RepositoryOpenFlags};
+
+use super::guard::{self, altered};
+use crate::{
+    failure::{ErrorClass, Failure},
+    git::{child::Reporter, projects::Dir},
+};
+
+/// Opens the project in `directory`, which was checked by the guard first.
+///
+/// # Errors
+/// `conflict` where it is not what the agent made, `forbidden` where it belongs to somebody else.
+pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, Failure> {
+    guard::check(directory, reporter)?;
+    forget_search_paths();
+    let path = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
+    let nowhere: [&std::ffi::OsStr; 0] = [];
+    let repo = Repository::open_ext(&path, RepositoryOpenFlags::NO_SEARCH, nowhere)
+        .map_err(|error| fault("the project cannot be opened", &error))?;
+    // A name on the way, or a setting, may lead to another directory than the one that was checked.
+    let same = |path: Option<&Path>, dir: &Dir| {
+        path.is_some_and(|path| Dir::open(path).and_then(|now| Ok(now.identity()? == dir.identity()?)).unwrap_or(false))
+    };
+    if !same(repo.workdir(), directory) || !same(Some(repo.path()), &directory.child(".git")?) {
+        return Err(altered("its settings lead to another directory"));
+    }
+    let config = repo.config().and_then(|mut config| config.snapshot());
+    let config = config.map_err(|error| fault("its settings cannot be read", &error))?;
+    for setting in ["core.sparsecheckout", "index.sparse", "core.splitindex", "extensions.partialclone"] {
+        let set = config.get_string(setting).is_ok_and(|value| !matches!(value.as_str(), "false" | "no" | "off" | "0"));
+        if set {
+            return Err(Failure::conflict(format!("the project uses {setting}, which the agent does not work with")));
+        }
+    }
+    Ok(repo)
+}
+
+/// What an error of the library on a user's repository means.
+pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
+    let message = error.message();
+    let full = ["No space left", "quota exceeded", "Read-only file system"].iter().any(|text| message.contains(text));
+    match error.code() {
+        _ if full => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
+        ErrorCode::Owner => {
+            Failure::forbidden(format!("{what}: it belongs to another user than the agent; run the agent as its owner"))
+        }
+        ErrorCode::Locked => Failure::conflict(format!("{what}: another program holds a lock ({message})")),
+        _ => altered(format!("{what}: {message}")),
+    }
+}
+
+/// Lets the library read no settings but the project's own.
+fn forget_search_paths() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        for level in [ConfigLevel::System, ConfigLevel::Global, ConfigLevel::XDG, ConfigLevel::ProgramData] {
+            #[expect(unsafe_code, reason = "a process-wide setting of the library, made before its first use")]
+            // SAFETY: only children call this, on their only thread, before any other use of the library.
+            let set = unsafe { git2::opts::set_search_path(level, "") };
+            if let Err(error) = set {
+                tracing::warn!(%error, "a search path of the git library cannot be emptied");
+            }
+        }
+    });
+}
