@@ -3,10 +3,13 @@
 //! The face speaks our own words; `lapin` is written only below this module.
 
 mod inbox;
+pub mod address;
+pub mod management;
 pub mod memory;
 pub mod rabbitmq;
 pub mod settings;
 pub mod topology;
+pub mod version;
 
 use std::{fmt, sync::Arc};
 
@@ -56,6 +59,11 @@ pub trait Broker: Send + Sync + 'static {
     /// # Errors
     /// When the broker cannot be asked.
     async fn depth(&self, queue: &str) -> Result<Option<Depth>, BrokerError>;
+
+    /// The version that the broker told when it was connected to, if it told one.
+    fn server_version(&self) -> Option<String> {
+        None
+    }
 
     /// How the publishing side is.
     fn health(&self) -> watch::Receiver<Health>;
