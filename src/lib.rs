@@ -7,6 +7,7 @@ pub mod broker;
 pub mod cli;
 pub mod config;
 pub mod dead;
+pub mod doctor;
 pub mod execute;
 pub mod failure;
 pub mod git;
