@@ -82,7 +82,7 @@ fn millis(time: Duration) -> i64 {
 }
 
 /// A name as it stands in a pattern for itself.
-fn quoted(name: &str) -> String {
+pub(super) fn quoted(name: &str) -> String {
     let mut text = String::with_capacity(name.len());
     for c in name.chars() {
         if !(c.is_alphanumeric() || matches!(c, '_' | '-')) {

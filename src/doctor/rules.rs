@@ -1,18 +1,18 @@
 //! What is wrong, and what mends it: a pure function of the facts.
 
-use std::time::Duration;
+mod queues;
 
 use super::{
     Facts, Finding, Item, Severity, State, Wanted,
     plan::plan,
-    policy::{DEADLINE_MARGIN, needed_timeout, set_policy_command, shell},
+    policy::{quoted, set_policy_command, shell},
 };
 use crate::{
     broker::{
-        management::{DeliveryLimit, Inventory, QueueView, Told},
+        management::{Inventory, Told},
         version::Version,
     },
-    protocol::{NodeName, wire::HeaderValue},
+    protocol::NodeName,
 };
 
 /// Everything that is not as it should be, the worst first.
@@ -53,6 +53,7 @@ fn lagging(finding: Finding) -> Finding {
 
 impl Exam<'_> {
     fn addresses(&self, findings: &mut Vec<Finding>) {
+        let ours = shell(&format!("^{}\\.", quoted(self.wanted.names.prefix())));
         for address in self.facts.addresses.iter().filter(|address| !address.is_loopback()) {
             let authority = address.authority();
             if !address.tls {
@@ -73,8 +74,8 @@ impl Exam<'_> {
                     &authority,
                     "the user is guest, whom everybody knows and whom brokers refuse from other machines",
                     format!(
-                        "rabbitmqctl add_user haul && rabbitmqctl set_permissions --vhost {} haul '^haul\\.' \
-                         '^haul\\.' '^haul\\.', then put that user into broker.urls",
+                        "rabbitmqctl add_user haul && rabbitmqctl set_permissions --vhost {} haul {ours} {ours} {ours}, \
+                         then put that user into broker.urls",
                         shell(&self.facts.vhost)
                     ),
                 ));
@@ -156,177 +157,6 @@ impl Exam<'_> {
             )
         };
         finding(Severity::Red, &item.name, problem, mend)
-    }
-
-    fn queues(&self, inventory: &Inventory, findings: &mut Vec<Finding>) {
-        let topology = self.wanted.topology(&self.facts.nodes);
-        let dead = self.wanted.names.dead();
-        for wanted in &topology.queues {
-            let Some(queue) = inventory.queues.iter().find(|queue| queue.name == wanted.name) else { continue };
-            let is_quorum = queue.arguments.get("x-queue-type").and_then(HeaderValue::as_text) == Some("quorum");
-            if is_quorum {
-                self.policy_in_force(queue, inventory, findings);
-                self.delivery_limit(queue, queue.name == dead, findings);
-            }
-            Self::dangerous_policy(queue, findings);
-            if let Some(state) = queue.state.as_deref().filter(|&state| !matches!(state, "running" | "idle" | "flow")) {
-                findings.push(lagging(finding(
-                    Severity::Red,
-                    &queue.name,
-                    format!("its state is {state}: no majority of its replicas answers"),
-                    format!("rabbitmq-queues quorum_status --vhost {} {}", shell(&self.facts.vhost), shell(&queue.name)),
-                )));
-            }
-        }
-        if let Told::No(reason) = &inventory.policies {
-            findings.push(finding(
-                Severity::Yellow,
-                "policies",
-                format!("they could not be examined: {reason}"),
-                self.tags(),
-            ));
-        }
-    }
-
-    /// Our policy exists, but another one is applied.
-    fn policy_in_force(&self, queue: &QueueView, inventory: &Inventory, findings: &mut Vec<Finding>) {
-        let Some(wanted) = self.policy_of(&queue.name) else { return };
-        let Told::Yes(policies) = &inventory.policies else { return };
-        // Without it the missing policy is a finding of its own.
-        let Some(ours) = policies.iter().find(|policy| policy.name == wanted.name) else { return };
-        match &queue.policy {
-            None => {}
-            Some(Some(name)) if *name == wanted.name => {}
-            Some(other) => {
-                let other = other.as_deref().unwrap_or("none");
-                let above = policies.iter().find(|policy| policy.name == other).map(|policy| policy.priority);
-                let mut raised = wanted;
-                raised.priority = above.unwrap_or(ours.priority).saturating_add(10).max(raised.priority);
-                findings.push(lagging(finding(
-                    Severity::Red,
-                    &queue.name,
-                    format!(
-                        "our policy {} is ignored, since {other} applies (priority {} against {}); a queue takes one \
-                         policy only",
-                        raised.name,
-                        above.map_or_else(|| "unknown".to_owned(), |priority| priority.to_string()),
-                        ours.priority
-                    ),
-                    set_policy_command(&raised, &self.facts.vhost),
-                )));
-            }
-        }
-    }
-
-    fn delivery_limit(&self, queue: &QueueView, is_dead: bool, findings: &mut Vec<Finding>) {
-        let consequence = if is_dead {
-            "reading the dead letters spends it, and then they are lost"
-        } else {
-            "crashes of an agent spend it, and then the broker takes the task away from us"
-        };
-        match queue.delivery_limit(self.facts.version) {
-            DeliveryLimit::None => {}
-            DeliveryLimit::Unknown => findings.push(lagging(finding(
-                Severity::Yellow,
-                &queue.name,
-                "the broker does not tell whether a delivery limit is in force",
-                "haul topology doctor",
-            ))),
-            DeliveryLimit::Of(limit) => {
-                let vhost = shell(&self.facts.vhost);
-                let mend = if queue.arguments.contains_key("x-delivery-limit") {
-                    let name = shell(&queue.name);
-                    format!("rabbitmqctl delete_queue --vhost {vhost} --if-empty {name} && {}", self.apply(&queue.name))
-                } else if let Some(policy) = self.policy_of(&queue.name) {
-                    set_policy_command(&policy, &self.facts.vhost)
-                } else if let Some(Some(policy)) = &queue.policy {
-                    format!(
-                        "take delivery-limit out of policy {policy}: rabbitmqctl clear_policy --vhost {vhost} {}",
-                        shell(policy)
-                    )
-                } else {
-                    let policy = queue.operator_policy.as_deref().unwrap_or("NAME");
-                    format!("rabbitmqctl clear_operator_policy --vhost {vhost} {}", shell(policy))
-                };
-                findings.push(lagging(finding(
-                    Severity::Red,
-                    &queue.name,
-                    format!("a delivery limit of {limit} is in force: {consequence}"),
-                    mend,
-                )));
-            }
-        }
-    }
-
-    /// What a policy of somebody else may do to our queues.
-    fn dangerous_policy(queue: &QueueView, findings: &mut Vec<Finding>) {
-        for (key, consequence) in [
-            ("message-ttl", "messages leave before anybody handled them"),
-            ("expires", "the queue is deleted when nobody uses it"),
-            ("max-length", "it refuses messages at that length"),
-            ("max-length-bytes", "it refuses messages at that size"),
-        ] {
-            let Some(value) = queue.effective.get(key) else { continue };
-            let by = queue.policy.clone().flatten().or_else(|| queue.operator_policy.clone());
-            let by = by.unwrap_or_else(|| "a policy".to_owned());
-            findings.push(lagging(finding(
-                if key.starts_with("max") { Severity::Yellow } else { Severity::Red },
-                &queue.name,
-                format!("policy {by} sets {key}={value}: {consequence}"),
-                format!("take {key} out of {by}, or narrow its pattern: rabbitmqctl list_policies"),
-            )));
-        }
-    }
-
-    fn consumer_timeout(&self, findings: &mut Vec<Finding>) {
-        let needed = self.wanted.longest_deadline + DEADLINE_MARGIN;
-        let seen = |queue: &str| match &self.facts.inventory {
-            Told::Yes(inventory) => inventory.queues.iter().find(|found| found.name == queue).and_then(|found| {
-                let policy = found.effective.get("consumer-timeout");
-                let value = found.arguments.get("x-consumer-timeout").or(policy)?.as_int()?;
-                Some(Duration::from_millis(u64::try_from(value).ok()?))
-            }),
-            Told::No(_) => None,
-        };
-        let mut short: Vec<(Duration, String)> = Vec::new();
-        for node in &self.facts.nodes {
-            let queue = self.wanted.names.node(node);
-            let timeout = seen(&queue).unwrap_or(self.facts.consumer_timeout);
-            if !timeout.is_zero() && timeout < needed {
-                short.push((timeout, queue));
-            }
-        }
-        // A fleet without nodes is warned by the broker's own value.
-        let own = self.facts.consumer_timeout;
-        if self.facts.nodes.is_empty() && !own.is_zero() && own < needed {
-            short.push((own, "broker".to_owned()));
-        }
-        for (timeout, subject) in short {
-            let policy = self.policy_of(&self.wanted.names.node(&any_node()));
-            let mend = match policy.filter(|policy| policy.definition.contains_key("consumer-timeout")) {
-                Some(policy) => set_policy_command(&policy, &self.facts.vhost),
-                None => {
-                    let millis = needed_timeout(self.wanted.longest_deadline).as_millis();
-                    format!(
-                        "put consumer_timeout = {millis} into rabbitmq.conf, now: rabbitmqctl eval \
-                         'application:set_env(rabbit, consumer_timeout, {millis}).', and set broker.consumer_timeout \
-                         alike; or lower git.max_timeout"
-                    )
-                }
-            };
-            findings.push(lagging(finding(
-                Severity::Red,
-                &subject,
-                format!(
-                    "the consumer timeout is {}, shorter than the longest deadline of a task with its margin ({} + {}): \
-                     the broker would take the consumer away while a task runs",
-                    human(timeout),
-                    human(self.wanted.longest_deadline),
-                    human(DEADLINE_MARGIN)
-                ),
-                mend,
-            )));
-        }
     }
 
     fn consumers(&self, findings: &mut Vec<Finding>) {
@@ -438,19 +268,6 @@ impl Exam<'_> {
         format!("rabbitmqctl set_user_tags {} monitoring policymaker", shell(user))
     }
 
-    /// The policy of ours that a queue should have on this version.
-    fn policy_of(&self, queue: &str) -> Option<crate::broker::management::PolicyView> {
-        let class = if self.node_of(queue).is_some() { "node" } else { "shared" };
-        let name = format!("{}-{class}", self.wanted.names.prefix());
-        self.wanted.policies(self.facts.version?).into_iter().find(|policy| policy.name == name)
-    }
-
-    /// The node whose queue of tasks it is.
-    fn node_of(&self, queue: &str) -> Option<NodeName> {
-        let name = queue.strip_prefix(self.wanted.names.prefix())?.strip_prefix(".node.")?;
-        NodeName::new(name).ok()
-    }
-
     /// The command that makes what is missing; `name` may also be a binding's.
     fn apply(&self, name: &str) -> String {
         let queue = name.rsplit(" → ").next().unwrap_or(name);
@@ -463,18 +280,325 @@ impl Exam<'_> {
     }
 }
 
-/// Some node: all have the same policy.
-fn any_node() -> NodeName {
-    NodeName::new("any").expect("the name keeps to its alphabet")
-}
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, time::Duration};
 
-/// A time in its largest whole unit.
-fn human(time: Duration) -> String {
-    let seconds = time.as_secs();
-    match seconds {
-        0 => format!("{} ms", time.as_millis()),
-        _ if seconds.is_multiple_of(3600) => format!("{} h", seconds / 3600),
-        _ if seconds.is_multiple_of(60) => format!("{} min", seconds / 60),
-        _ => format!("{seconds} s"),
+    use secrecy::SecretString;
+
+    use super::*;
+    use crate::{
+        broker::{
+            Depth, Names,
+            address::Address,
+            management::{BindingView, ConsumerView, ExchangeView, NodeView, PolicyView, QueueView},
+        },
+        protocol::wire::HeaderValue,
+    };
+
+    fn node() -> NodeName {
+        NodeName::new("a").unwrap()
+    }
+
+    fn wanted() -> Wanted {
+        let names = Names::default();
+        Wanted {
+            results: names.master_event(),
+            names,
+            nodes: vec![node()],
+            longest_deadline: Duration::from_mins(25),
+        }
+    }
+
+    fn address(text: &str) -> Address {
+        Address::parse(&SecretString::from(text)).unwrap()
+    }
+
+    /// Facts of a broker that has everything as it should be.
+    fn healthy(version: &str) -> Facts {
+        let wanted = wanted();
+        let version: Version = version.parse().unwrap();
+        let topology = wanted.topology(&[node()]);
+        let policies = wanted.policies(version);
+        let exchange = |exchange: &crate::broker::topology::Exchange| ExchangeView {
+            name: exchange.name.clone(),
+            kind: format!("{:?}", exchange.kind).to_lowercase(),
+            durable: true,
+            internal: false,
+            arguments: exchange
+                .alternate
+                .iter()
+                .map(|name| ("alternate-exchange".to_owned(), HeaderValue::from(name.as_str())))
+                .collect(),
+        };
+        let queue = |queue: &crate::broker::topology::Queue| {
+            let class = if queue.name.starts_with("haul.node.") { "haul-node" } else { "haul-shared" };
+            let classic = queue.name.starts_with("haul.control.");
+            let policy = policies.iter().find(|policy| policy.name == class && !classic);
+            QueueView {
+                name: queue.name.clone(),
+                durable: true,
+                arguments: queue.arguments.clone(),
+                policy: Some(policy.map(|policy| policy.name.clone())),
+                operator_policy: None,
+                effective: policy.map(|policy| policy.definition.clone()).unwrap_or_default(),
+                state: Some("running".to_owned()),
+            }
+        };
+        let binding = |binding: &crate::broker::topology::Binding| BindingView {
+            source: binding.exchange.clone(),
+            destination: binding.queue.clone(),
+            destination_type: "queue".to_owned(),
+            routing_key: binding.routing_key.clone(),
+        };
+        let depth = |messages, consumers| Depth { messages, consumers };
+        Facts {
+            addresses: vec![address("amqp://haul:secret@127.0.0.1/")],
+            version: Some(version),
+            nodes: vec![node()],
+            missing: Vec::new(),
+            depths: BTreeMap::from([
+                ("haul.node.a".to_owned(), depth(0, 1)),
+                ("haul.dead".to_owned(), depth(0, 0)),
+            ]),
+            inventory: Told::Yes(Inventory {
+                version: Some(version),
+                exchanges: topology.exchanges.iter().map(exchange).collect(),
+                queues: topology.queues.iter().map(queue).collect(),
+                bindings: topology.bindings.iter().map(binding).collect(),
+                consumers: Vec::new(),
+                policies: Told::Yes(policies.clone()),
+                nodes: Told::Yes(vec![NodeView {
+                    name: "rabbit@localhost".to_owned(),
+                    running: true,
+                    ..NodeView::default()
+                }]),
+            }),
+            management_base: Some("http://127.0.0.1:15672".to_owned()),
+            vhost: "/".to_owned(),
+            consumer_timeout: Duration::from_mins(30),
+        }
+    }
+
+    /// The findings after a fault was planted into a healthy broker.
+    fn after(version: &str, plant: impl FnOnce(&mut Facts)) -> Vec<Finding> {
+        let mut facts = healthy(version);
+        plant(&mut facts);
+        examine(&wanted(), &facts)
+    }
+
+    fn inventory(facts: &mut Facts) -> &mut Inventory {
+        match &mut facts.inventory {
+            Told::Yes(inventory) => inventory,
+            Told::No(_) => panic!("there is no inventory"),
+        }
+    }
+
+    fn queue<'a>(facts: &'a mut Facts, name: &str) -> &'a mut QueueView {
+        inventory(facts).queues.iter_mut().find(|queue| queue.name == name).unwrap()
+    }
+
+    /// The one finding there is.
+    fn only(findings: Vec<Finding>, severity: Severity, subject: &str, problem: &str, mend: &str) {
+        assert_eq!(findings.len(), 1, "{findings:#?}");
+        let found = &findings[0];
+        assert_eq!((found.severity, found.subject.as_str()), (severity, subject), "{found:#?}");
+        assert!(found.problem.contains(problem), "{found:#?}");
+        assert!(found.mend.contains(mend), "{found:#?}");
+    }
+
+    const NEW: &str = "4.3.6";
+
+    #[test]
+    fn a_broker_that_is_as_it_should_be_has_no_findings() {
+        assert_eq!(after(NEW, |_| {}), []);
+    }
+
+    #[test]
+    fn an_old_version_is_named() {
+        only(after("3.10.8", |_| {}), Severity::Yellow, "broker", "recommended", "upgrade");
+        only(after("4.3.2", |_| {}), Severity::Yellow, "broker", "recommended", "upgrade");
+        only(after("3.9.29", |_| {}), Severity::Red, "broker", "not supported", "upgrade");
+    }
+
+    #[test]
+    fn plain_text_and_the_default_user_are_red_on_another_machine_only() {
+        let remote = |text: &'static str| after(NEW, |facts| facts.addresses = vec![address(text)]);
+        only(remote("amqp://haul:x@mq.example/"), Severity::Red, "mq.example:5672", "plain text", "amqps://mq.example");
+        only(remote("amqps://guest:x@mq.example/"), Severity::Red, "mq.example:5671", "guest", "'^haul\\.'");
+        assert_eq!(remote("amqps://haul:x@mq.example/"), []);
+        assert_eq!(remote("amqp://guest:guest@[::1]/"), []);
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_its_command() {
+        let missing = |name: &'static str| after(NEW, |facts| facts.missing = vec![name.to_owned()]);
+        let of = |findings: Vec<Finding>, name: &str| {
+            findings.into_iter().filter(|finding| finding.subject == name).collect::<Vec<_>>()
+        };
+        let exchange = of(missing("haul.event"), "haul.event");
+        only(exchange, Severity::Red, "haul.event", "exchange is missing", "haul topology apply");
+        let queue = of(missing("haul.node.a"), "haul.node.a");
+        only(queue, Severity::Red, "haul.node.a", "queue is missing", "haul topology apply --node a");
+        let control = of(missing("haul.control.a"), "haul.control.a");
+        only(control, Severity::Red, "haul.control.a", "queue is missing", "haul topology apply --node a");
+    }
+
+    #[test]
+    fn a_missing_binding_is_named() {
+        let without = |queue: &'static str, key: &'static str| {
+            after(NEW, |facts| {
+                inventory(facts)
+                    .bindings
+                    .retain(|binding| !(binding.destination == queue && binding.routing_key == key));
+            })
+        };
+        let subject = "haul.event → haul.master.event";
+        only(without("haul.master.event", "*.*.failed"), Severity::Red, subject, "*.*.failed", "haul topology apply");
+        let both = without("haul.node.a", "a");
+        assert_eq!(both.len(), 2);
+        assert!(both.iter().all(|finding| finding.mend == "haul topology apply --node a"));
+    }
+
+    #[test]
+    fn a_queue_without_a_dead_letter_exchange_is_red() {
+        let findings = after(NEW, |facts| {
+            queue(facts, "haul.node.a").arguments.remove("x-dead-letter-exchange");
+        });
+        let mend = "rabbitmqctl delete_queue --vhost / --if-empty haul.node.a && haul topology apply --node a";
+        only(findings, Severity::Red, "haul.node.a", "no dead-letter exchange", mend);
+    }
+
+    #[test]
+    fn other_arguments_than_the_contracts_are_red() {
+        let findings = after(NEW, |facts| {
+            queue(facts, "haul.retry.5s").arguments.insert("x-message-ttl".to_owned(), 6000.into());
+        });
+        only(findings, Severity::Red, "haul.retry.5s", "x-message-ttl is 6000, not 5000", "--if-empty haul.retry.5s");
+        let findings = after(NEW, |facts| {
+            queue(facts, "haul.node.a").arguments.insert("x-max-length".to_owned(), 10.into());
+        });
+        only(findings, Severity::Red, "haul.node.a", "it has x-max-length=10", "delete_queue");
+        let findings = after(NEW, |facts| {
+            let exchange = inventory(facts).exchanges.iter_mut().find(|one| one.name == "haul.return").unwrap();
+            exchange.arguments.clear();
+        });
+        only(findings, Severity::Red, "haul.return", "alternate-exchange=haul.dlx is missing", "/api/exchanges/%2F/haul");
+    }
+
+    #[test]
+    fn a_missing_policy_is_red_with_the_command_that_sets_it() {
+        let findings = after(NEW, |facts| {
+            inventory(facts).policies = Told::Yes(Vec::new());
+        });
+        assert_eq!(findings.len(), 2);
+        assert!(findings[0].mend.starts_with("rabbitmqctl set_policy --vhost / --priority 50 --apply-to queues haul-"));
+    }
+
+    #[test]
+    fn a_policy_that_another_one_hides_is_red() {
+        let findings = after(NEW, |facts| {
+            let catch_all = PolicyView {
+                name: "ha-all".to_owned(),
+                pattern: ".*".to_owned(),
+                priority: 90,
+                apply_to: "all".to_owned(),
+                ..PolicyView::default()
+            };
+            let Told::Yes(policies) = &mut inventory(facts).policies else { panic!("policies are told") };
+            policies.push(catch_all);
+            queue(facts, "haul.dead").policy = Some(Some("ha-all".to_owned()));
+        });
+        only(findings, Severity::Red, "haul.dead", "haul-shared is ignored, since ha-all applies", "--priority 100");
+    }
+
+    #[test]
+    fn a_delivery_limit_in_force_is_red() {
+        let findings = after(NEW, |facts| {
+            let queue = queue(facts, "haul.dead");
+            queue.effective.insert("delivery-limit".to_owned(), 20.into());
+        });
+        only(findings, Severity::Red, "haul.dead", "a delivery limit of 20", "set_policy");
+        let findings = after("3.13.7", |facts| {
+            let queue = queue(facts, "haul.dead");
+            queue.policy = Some(Some("limits".to_owned()));
+            queue.effective.insert("delivery-limit".to_owned(), 5.into());
+        });
+        let red: Vec<_> = findings.into_iter().filter(|finding| finding.severity == Severity::Red).collect();
+        only(red, Severity::Red, "haul.dead", "a delivery limit of 5", "clear_policy --vhost / limits");
+    }
+
+    #[test]
+    fn a_policy_that_lets_messages_go_is_red() {
+        let findings = after(NEW, |facts| {
+            queue(facts, "haul.node.a").effective.insert("message-ttl".to_owned(), 1000.into());
+        });
+        only(findings, Severity::Red, "haul.node.a", "message-ttl=1000", "take message-ttl out");
+    }
+
+    #[test]
+    fn a_consumer_timeout_below_the_longest_deadline_is_red() {
+        let short = |facts: &mut Facts| facts.consumer_timeout = Duration::from_mins(20);
+        let red = |findings: Vec<Finding>| {
+            findings.into_iter().filter(|finding| finding.severity == Severity::Red).collect::<Vec<_>>()
+        };
+        // The policy of a new broker speaks for itself.
+        assert_eq!(after(NEW, short), []);
+        only(red(after("3.10.8", short)), Severity::Red, "haul.node.a", "20 min", "consumer_timeout = 1800000");
+        let policy = |facts: &mut Facts| {
+            queue(facts, "haul.node.a").effective.insert("consumer-timeout".to_owned(), 60_000.into());
+        };
+        only(after(NEW, policy), Severity::Red, "haul.node.a", "1 min", "set_policy");
+        let none = |facts: &mut Facts| facts.consumer_timeout = Duration::ZERO;
+        assert_eq!(red(after("3.10.8", none)), []);
+    }
+
+    #[test]
+    fn consumers_are_exactly_one() {
+        let consumers = |count| {
+            after(NEW, |facts| {
+                facts.depths.insert("haul.node.a".to_owned(), Depth { messages: 3, consumers: count });
+                inventory(facts).consumers = vec![ConsumerView {
+                    queue: "haul.node.a".to_owned(),
+                    tag: "haul-2".to_owned(),
+                    connection: "10.0.0.9:4 -> 10.0.0.1:5672".to_owned(),
+                    active: false,
+                }];
+            })
+        };
+        only(consumers(0), Severity::Yellow, "haul.node.a", "no agent consumes it, and 3 tasks wait", "haul worker");
+        only(consumers(2), Severity::Yellow, "haul.node.a", "10.0.0.9:4 -> 10.0.0.1:5672", "close_connection");
+    }
+
+    #[test]
+    fn dead_letters_are_worth_a_word_but_no_alarm() {
+        let findings = after(NEW, |facts| {
+            facts.depths.insert("haul.dead".to_owned(), Depth { messages: 7, consumers: 0 });
+        });
+        only(findings, Severity::Info, "haul.dead", "7 dead letters", "haul dead list");
+    }
+
+    #[test]
+    fn alarms_are_red() {
+        let findings = after(NEW, |facts| {
+            let Told::Yes(nodes) = &mut inventory(facts).nodes else { panic!("nodes are told") };
+            nodes[0].mem_alarm = true;
+        });
+        only(findings, Severity::Red, "rabbit@localhost", "memory alarm", "memory_breakdown");
+    }
+
+    #[test]
+    fn what_cannot_be_seen_is_said() {
+        let findings = after(NEW, |facts| facts.inventory = Told::No("connection refused".to_owned()));
+        only(findings, Severity::Yellow, "management API", "connection refused", "rabbitmq-plugins enable");
+        let findings = after(NEW, |facts| {
+            let inventory = inventory(facts);
+            inventory.policies = Told::No("401".to_owned());
+            inventory.nodes = Told::No("401".to_owned());
+        });
+        assert_eq!(findings.len(), 2);
+        assert!(findings.iter().all(|finding| {
+            finding.severity == Severity::Yellow && finding.mend.contains("set_user_tags haul monitoring policymaker")
+        }));
     }
 }
