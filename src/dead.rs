@@ -4,27 +4,26 @@
 //! letters is fixed at the beginning: a replayed task that fails again at once is not replayed for ever.
 
 mod letter;
+mod reading;
 mod select;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::Value;
-use tokio::time::{Instant, Interval, MissedTickBehavior};
+use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
+
+use reading::Reading;
 
 pub use letter::{Letter, UNKNOWN};
 pub use select::{Filter, Rate};
 
 use crate::{
-    broker::{Broker, BrokerError, Browse, Delivery, Names, Outgoing, PublishError},
+    broker::{Broker, BrokerError, Delivery, Names, Outgoing, PublishError},
     protocol::wire::{Message, header},
 };
-
-/// How long letters are held before they are given back and taken anew: brokers close a channel that holds a message
-/// for longer than their consumer timeout (30 minutes by default).
-const LONGEST_HOLD: Duration = Duration::from_mins(10);
 
 /// Why the dead letters could not be worked on.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +43,8 @@ pub struct Selection {
     pub filter: Filter,
     /// At most so many of them.
     pub limit: Option<usize>,
+    /// How often the queue delivers one letter before it drops it; nothing where there is no such limit.
+    pub delivery_limit: Option<i64>,
 }
 
 /// How letters are replayed.
@@ -121,11 +122,11 @@ impl DeadLetters {
     pub async fn list(&self, selection: &Selection, stop: &CancellationToken) -> Result<Vec<Found>, DeadError> {
         let mut reading = self.open(selection).await?;
         let mut found = Vec::new();
-        while let Some((letter, mut delivery)) = reading.next(stop).await? {
-            found.push(Found { letter, message: std::mem::take(&mut delivery.message) });
-            delivery.abandon();
+        while let Some((letter, delivery)) = reading.next(stop).await? {
+            found.push(Found { letter, message: delivery.message.clone() });
+            reading.leave(delivery).await;
         }
-        reading.browse.give_back().await?;
+        reading.give_back().await?;
         Ok(found)
     }
 
@@ -149,12 +150,18 @@ impl DeadLetters {
         while let Some((letter, delivery)) = reading.next(stop).await? {
             summary.matched += 1;
             let (fate, go_on) = match self.outgoing(&letter, &delivery.message, replay, now()) {
-                Err(reason) => reading.keep(delivery, Fate::Left { reason }),
-                Ok(_) if replay.dry_run => reading.keep(delivery, Fate::WouldReplay),
+                Err(reason) => {
+                    reading.leave(delivery).await;
+                    (Fate::Left { reason }, true)
+                }
+                Ok(_) if replay.dry_run => {
+                    reading.leave(delivery).await;
+                    (Fate::WouldReplay, true)
+                }
                 Ok(outgoing) => {
                     if !wait_for_turn(pace.as_mut(), stop).await {
                         summary.matched -= 1;
-                        delivery.abandon();
+                        reading.leave(delivery).await;
                         break;
                     }
                     self.send(&mut reading, outgoing, delivery).await
@@ -167,18 +174,18 @@ impl DeadLetters {
             report(&letter, &fate);
             if !go_on {
                 // The channel may be gone with the rest of the connection; the broker then gives them back itself.
-                if let Err(error) = reading.browse.give_back().await {
+                if let Err(error) = reading.give_back().await {
                     tracing::warn!(error.message = %error, "could not give dead letters back");
                 }
                 summary.interrupted = true;
                 return Ok(summary);
             }
-            if reading.since.elapsed() > LONGEST_HOLD {
-                reading = self.reopen(reading, selection, summary.matched).await?;
+            if reading.is_long() {
+                reading = reading.renewed().await?;
             }
         }
         summary.interrupted = stop.is_cancelled();
-        reading.browse.give_back().await?;
+        reading.give_back().await?;
         Ok(summary)
     }
 
@@ -198,7 +205,8 @@ impl DeadLetters {
         while let Some((letter, delivery)) = reading.next(stop).await? {
             summary.matched += 1;
             let fate = if dry_run {
-                reading.keep(delivery, Fate::WouldDrop).0
+                reading.leave(delivery).await;
+                Fate::WouldDrop
             } else if delivery.ack().await.is_ok() {
                 Fate::Dropped
             } else {
@@ -211,35 +219,12 @@ impl DeadLetters {
             report(&letter, &fate);
         }
         summary.interrupted = stop.is_cancelled();
-        reading.browse.give_back().await?;
+        reading.give_back().await?;
         Ok(summary)
     }
 
     async fn open(&self, selection: &Selection) -> Result<Reading, DeadError> {
-        let queue = self.names.dead();
-        let depth = self.broker.depth(&queue).await?.ok_or_else(|| DeadError::NoQueue(queue.clone()))?;
-        Ok(Reading {
-            browse: self.broker.browse(&queue).await?,
-            filter: selection.filter.clone(),
-            unread: depth.messages as usize,
-            wanted: selection.limit.unwrap_or(usize::MAX),
-            position: 0,
-            kept: 0,
-            since: Instant::now(),
-        })
-    }
-
-    /// Gives back what is held and goes on behind it: what was kept is again at the head of the queue.
-    async fn reopen(&self, old: Reading, selection: &Selection, matched: usize) -> Result<Reading, DeadError> {
-        let (unread, kept, position) = (old.unread, old.kept, old.position);
-        old.browse.give_back().await?;
-        let mut browse = self.broker.browse(&self.names.dead()).await?;
-        for _ in 0..kept {
-            let Some(delivery) = browse.next().await? else { break };
-            delivery.abandon();
-        }
-        let wanted = selection.limit.map_or(usize::MAX, |limit| limit.saturating_sub(matched));
-        Ok(Reading { browse, filter: old.filter, unread, wanted, position, kept, since: Instant::now() })
+        Reading::open(&self.broker, &self.names.dead(), selection).await
     }
 
     /// The message that replays a letter, or why it cannot be.
@@ -267,62 +252,22 @@ impl DeadLetters {
     /// Publishes a replay and then removes its letter; whether the rest may go on.
     async fn send(&self, reading: &mut Reading, outgoing: Outgoing, delivery: Delivery) -> (Fate, bool) {
         let node = outgoing.routing_key.clone();
-        let left = |reason: String| Fate::Left { reason };
-        match self.broker.publish(outgoing).await {
-            Ok(()) => match delivery.ack().await {
-                Ok(()) => (Fate::Replayed, true),
-                Err(_) => (Fate::SentAndLeft, false),
-            },
-            Err(PublishError::Unroutable { .. }) => reading.keep(
-                delivery,
-                left(format!("node {node} is not enrolled: run `haul topology apply --node {node}` or start its agent")),
-            ),
-            Err(error @ PublishError::Refused { .. }) => reading.keep(delivery, left(error.to_string())),
+        let (reason, go_on) = match self.broker.publish(outgoing).await {
+            Ok(()) => {
+                let removed = delivery.ack().await.is_ok();
+                return if removed { (Fate::Replayed, true) } else { (Fate::SentAndLeft, false) };
+            }
+            Err(PublishError::Unroutable { .. }) => {
+                let mend = format!("run `haul topology apply --node {node}` or start its agent");
+                (format!("node {node} is not enrolled: {mend}"), true)
+            }
+            Err(error @ PublishError::Refused { .. }) => (error.to_string(), true),
             Err(error @ (PublishError::Forbidden { .. } | PublishError::Unconfirmed { .. })) => {
-                (reading.keep(delivery, left(error.to_string())).0, false)
+                (error.to_string(), false)
             }
-        }
-    }
-}
-
-/// One pass over the queue.
-struct Reading {
-    browse: Box<dyn Browse>,
-    filter: Filter,
-    /// Letters that were there at the beginning and are not read yet.
-    unread: usize,
-    /// How many of those that are meant may still be handed out.
-    wanted: usize,
-    position: usize,
-    /// Letters read and not removed: at the head of the queue once given back.
-    kept: usize,
-    since: Instant,
-}
-
-impl Reading {
-    /// The next letter that is meant; nothing at the end, and once `stop` is set.
-    async fn next(&mut self, stop: &CancellationToken) -> Result<Option<(Letter, Delivery)>, BrokerError> {
-        // Not raced against `stop`: a read that is dropped half-way could leave a letter out of the common return.
-        while self.unread > 0 && self.wanted > 0 && !stop.is_cancelled() {
-            let Some(delivery) = self.browse.next().await? else { break };
-            self.unread -= 1;
-            self.position += 1;
-            let letter = Letter::read(&delivery.message, self.position);
-            if self.filter.matches(&letter) {
-                self.wanted -= 1;
-                return Ok(Some((letter, delivery)));
-            }
-            self.kept += 1;
-            delivery.abandon();
-        }
-        Ok(None)
-    }
-
-    /// Leaves a letter to the common return.
-    fn keep(&mut self, delivery: Delivery, fate: Fate) -> (Fate, bool) {
-        self.kept += 1;
-        delivery.abandon();
-        (fate, true)
+        };
+        reading.leave(delivery).await;
+        (Fate::Left { reason }, go_on)
     }
 }
 

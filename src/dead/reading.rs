@@ -1,0 +1,125 @@
+//! One pass over the queue: each letter taken once, what is left given back together.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{DeadError, Filter, Letter, Selection};
+use crate::{
+    broker::{Broker, BrokerError, Browse, Delivery, Outgoing},
+    protocol::wire::{HeaderValue, Message},
+};
+
+/// How long letters are held before they are given back and taken anew: brokers close a channel that holds a message
+/// for longer than their consumer timeout (30 minutes by default).
+const LONGEST_HOLD: Duration = Duration::from_mins(10);
+/// The broker's own count of a message's returns.
+const DELIVERY_COUNT: &str = "x-delivery-count";
+
+/// One pass over the queue.
+pub(super) struct Reading {
+    browse: Box<dyn Browse>,
+    broker: Arc<dyn Broker>,
+    queue: String,
+    filter: Filter,
+    delivery_limit: Option<i64>,
+    /// Letters that were there at the beginning and are not read yet.
+    unread: usize,
+    /// How many of those that are meant may still be handed out.
+    wanted: usize,
+    position: usize,
+    /// Letters read and not removed: at the head of the queue once given back.
+    kept: usize,
+    since: Instant,
+}
+
+impl Reading {
+    /// Opens the queue for the letters that are there now.
+    pub(super) async fn open(
+        broker: &Arc<dyn Broker>,
+        queue: &str,
+        selection: &Selection,
+    ) -> Result<Self, DeadError> {
+        let depth = broker.depth(queue).await?.ok_or_else(|| DeadError::NoQueue(queue.to_owned()))?;
+        Ok(Self {
+            browse: broker.browse(queue).await?,
+            broker: Arc::clone(broker),
+            queue: queue.to_owned(),
+            filter: selection.filter.clone(),
+            delivery_limit: selection.delivery_limit,
+            unread: depth.messages as usize,
+            wanted: selection.limit.unwrap_or(usize::MAX),
+            position: 0,
+            kept: 0,
+            since: Instant::now(),
+        })
+    }
+
+    /// Gives back all that was left, in one step.
+    pub(super) async fn give_back(self) -> Result<(), BrokerError> {
+        self.browse.give_back().await
+    }
+
+    /// Whether letters have been held for so long that the pass should be [`renewed`](Self::renewed).
+    pub(super) fn is_long(&self) -> bool {
+        self.since.elapsed() > LONGEST_HOLD
+    }
+
+    /// The next letter that is meant; nothing at the end, and once `stop` is set.
+    pub(super) async fn next(&mut self, stop: &CancellationToken) -> Result<Option<(Letter, Delivery)>, BrokerError> {
+        // Not raced against `stop`: a read that is dropped half-way could leave a letter out of the common return.
+        while self.unread > 0 && self.wanted > 0 && !stop.is_cancelled() {
+            let Some(delivery) = self.browse.next().await? else { break };
+            self.unread -= 1;
+            self.position += 1;
+            let letter = Letter::read(&delivery.message, self.position);
+            if self.filter.matches(&letter) {
+                self.wanted -= 1;
+                return Ok(Some((letter, delivery)));
+            }
+            self.leave(delivery).await;
+        }
+        Ok(None)
+    }
+
+    /// Leaves a letter to the common return; one that would not survive another return is put anew at the queue's end.
+    pub(super) async fn leave(&mut self, delivery: Delivery) {
+        if self.is_spent(&delivery.message) {
+            let mut message = delivery.message.clone();
+            message.headers.remove(DELIVERY_COUNT);
+            let (exchange, routing_key) = (String::new(), self.queue.clone());
+            let anew = Outgoing { exchange, routing_key, message, mandatory: true };
+            match self.broker.publish(anew).await {
+                Ok(()) => {
+                    if delivery.ack().await.is_err() {
+                        tracing::warn!("a dead letter that was put anew is there twice");
+                    }
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(error.message = %error, "a dead letter near its delivery limit could not be put anew");
+                }
+            }
+        }
+        delivery.abandon();
+        self.kept += 1;
+    }
+
+    /// Whether the broker may drop a letter when it is returned once or twice more.
+    fn is_spent(&self, message: &Message) -> bool {
+        let count = message.headers.get(DELIVERY_COUNT).and_then(HeaderValue::as_int).unwrap_or(0);
+        self.delivery_limit.is_some_and(|limit| count.saturating_add(2) >= limit)
+    }
+
+    /// Gives back what is held and goes on behind it: what was left is again at the head of the queue.
+    pub(super) async fn renewed(self) -> Result<Self, DeadError> {
+        self.browse.give_back().await?;
+        let mut browse = self.broker.browse(&self.queue).await?;
+        for _ in 0..self.kept {
+            let Some(delivery) = browse.next().await? else { break };
+            delivery.abandon();
+        }
+        Ok(Self { browse, since: Instant::now(), ..self })
+    }
+}
