@@ -7,12 +7,15 @@
 pub mod asyncapi;
 mod completions;
 mod control;
+mod dead;
 mod error;
 mod events;
 mod follow;
 mod output;
 pub mod schema;
 mod submit;
+mod table;
+mod topology;
 mod wait;
 mod words;
 mod worker;
@@ -72,6 +75,12 @@ enum Command {
     Inspect(control::NodeArgs),
     /// Follow the events of the fleet
     Events(events::EventsArgs),
+    /// Look after dead letters: list, show, replay, drop
+    #[command(subcommand)]
+    Dead(dead::DeadCommand),
+    /// What the broker should have and has: plan, apply, doctor
+    #[command(subcommand)]
+    Topology(topology::TopologyCommand),
     /// Print the schemas of the messages
     Schema(schema::SchemaArgs),
     /// Print a completion script for a shell
@@ -102,6 +111,8 @@ fn run(cli: Cli) -> Result<u8, CliError> {
         Command::Drain(args) => client(load()?, |config| control::drain(config, args)),
         Command::Inspect(args) => client(load()?, |config| control::inspect(config, args)),
         Command::Events(args) => client(load()?, |config| events::run(config, args)),
+        Command::Dead(command) => dead::run(load()?, command),
+        Command::Topology(command) => client(load()?, |config| topology::run(config, command)),
         Command::Schema(args) => schema::run(&args),
         Command::Completions(args) => completions::run(&args),
     }

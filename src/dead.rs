@@ -294,3 +294,255 @@ async fn wait_for_turn(pace: Option<&mut Interval>, stop: &CancellationToken) ->
         _ = pace.tick() => true,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::{
+        broker::memory::Memory,
+        protocol::{NodeName, wire::HeaderValue},
+    };
+
+    /// A broker with the nodes `a` and `b` enrolled.
+    async fn fleet() -> (Memory, DeadLetters) {
+        let (broker, names) = (Memory::new(), Names::default());
+        let topology = ["a", "b"].iter().fold(names.shared_topology(&names.master_event()), |topology, node| {
+            topology.and(names.node_topology(&NodeName::new(*node).unwrap()))
+        });
+        broker.declare(&topology).await.unwrap();
+        let letters = DeadLetters::new(Arc::new(broker.clone()), names);
+        (broker, letters)
+    }
+
+    /// Dead-letters a task the way an agent does.
+    async fn bury(broker: &Memory, task: &str, node: &str, class: &str, body: Value) {
+        let mut message = Message {
+            body: serde_json::to_vec(&body).unwrap().into(),
+            message_id: Some(task.to_owned()),
+            ..Message::default()
+        };
+        message.set(header::NODE, node);
+        message.set(header::ERROR_CLASS, class);
+        message.set(header::ERROR, "it went wrong");
+        message.set(header::KIND, "pull");
+        message.set(header::PROJECT, 42);
+        message.set(header::ROUND, 1);
+        message.set(header::ATTEMPTS, 5);
+        message.set(header::DEFERRED, 1_000);
+        let exchange = Names::default().dlx();
+        let routing_key = node.to_owned();
+        broker.publish(Outgoing { exchange, routing_key, message, mandatory: true }).await.unwrap();
+    }
+
+    async fn bury_all(broker: &Memory, tasks: &[(&str, &str, &str)]) {
+        for (task, node, class) in tasks {
+            bury(broker, task, node, class, serde_json::json!({"project_id": 42})).await;
+        }
+    }
+
+    fn ids(broker: &Memory, queue: &str) -> Vec<String> {
+        broker.messages(queue).into_iter().filter_map(|message| message.message_id).collect()
+    }
+
+    fn by_class(class: &str) -> Selection {
+        Selection { filter: Filter { classes: vec![class.to_owned()], ..Filter::default() }, ..Selection::default() }
+    }
+
+    fn noon() -> Timestamp {
+        "2026-11-20T12:00:00Z".parse().unwrap()
+    }
+
+    async fn replay(letters: &DeadLetters, selection: &Selection, replay: &Replay) -> (Summary, Vec<Fate>) {
+        let mut fates = Vec::new();
+        let stop = CancellationToken::new();
+        let mut report = |_: &Letter, fate: &Fate| fates.push(fate.clone());
+        let summary = letters.replay(selection, replay, noon, &stop, &mut report).await.unwrap();
+        (summary, fates)
+    }
+
+    #[tokio::test]
+    async fn listing_a_hundred_times_keeps_every_letter_and_the_order() {
+        let (broker, letters) = fleet().await;
+        let tasks: Vec<_> = (0..10).map(|number| format!("t-{number}")).collect();
+        for task in &tasks {
+            bury(&broker, task, "a", "network", Value::Null).await;
+        }
+        for _ in 0..100 {
+            let found = letters.list(&Selection::default(), &CancellationToken::new()).await.unwrap();
+            let listed: Vec<_> = found.into_iter().filter_map(|found| found.letter.task_id).collect();
+            assert_eq!(listed, tasks);
+        }
+        assert_eq!(ids(&broker, "haul.dead"), tasks);
+    }
+
+    #[tokio::test]
+    async fn an_interrupted_list_gives_everything_back() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-1", "a", "auth"), ("t-2", "a", "auth")]).await;
+        let stop = CancellationToken::new();
+        stop.cancel();
+        assert!(letters.list(&Selection::default(), &stop).await.unwrap().is_empty());
+        assert_eq!(ids(&broker, "haul.dead"), ["t-1", "t-2"]);
+    }
+
+    #[tokio::test]
+    async fn a_replay_goes_to_its_node_with_the_round_it_was_given_and_without_the_reasons() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-1", "a", "network"), ("t-2", "b", "auth")]).await;
+        let (summary, fates) = replay(&letters, &Selection::default(), &Replay::default()).await;
+        assert_eq!((summary.done, summary.left, fates.len()), (2, 0, 2));
+        assert_eq!(ids(&broker, "haul.dead"), [""; 0]);
+        assert_eq!(
+            (ids(&broker, "haul.node.a"), ids(&broker, "haul.node.b")),
+            (vec!["t-1".to_owned()], vec!["t-2".to_owned()])
+        );
+        let headers = &broker.messages("haul.node.a")[0].headers;
+        assert_eq!(headers.get(header::ROUND), Some(&HeaderValue::Int(1)));
+        let gone = [header::ERROR, header::ERROR_CLASS, header::ATTEMPTS, header::DEFERRED, header::DEATH];
+        assert!(gone.iter().all(|name| !headers.contains_key(*name)), "{headers:?}");
+    }
+
+    #[tokio::test]
+    async fn only_what_is_meant_is_replayed_and_the_rest_keeps_its_order() {
+        let (broker, letters) = fleet().await;
+        bury_all(
+            &broker,
+            &[("t-1", "a", "auth"), ("t-2", "a", "network"), ("t-3", "a", "auth"), ("t-4", "a", "network")],
+        )
+        .await;
+        let selection = Selection { limit: Some(1), ..by_class("network") };
+        replay(&letters, &selection, &Replay::default()).await;
+        assert_eq!(ids(&broker, "haul.node.a"), ["t-2"]);
+        assert_eq!(ids(&broker, "haul.dead"), ["t-1", "t-3", "t-4"]);
+    }
+
+    #[tokio::test]
+    async fn a_dry_run_changes_nothing() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-1", "a", "auth"), ("t-2", "b", "network")]).await;
+        let before = broker.published().len();
+        let (summary, fates) =
+            replay(&letters, &Selection::default(), &Replay { dry_run: true, ..Replay::default() }).await;
+        assert_eq!((summary.done, fates), (2, vec![Fate::WouldReplay, Fate::WouldReplay]));
+        letters.remove(&Selection::default(), true, &CancellationToken::new(), &mut |_, _| {}).await.unwrap();
+        assert_eq!((ids(&broker, "haul.dead"), broker.published().len()), (vec!["t-1".into(), "t-2".into()], before));
+    }
+
+    #[tokio::test]
+    async fn a_letter_for_a_node_that_is_not_enrolled_stays_and_the_rest_go_on() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-1", "vanished", "network"), ("t-2", "b", "network")]).await;
+        let (summary, fates) = replay(&letters, &Selection::default(), &Replay::default()).await;
+        assert_eq!((summary.done, summary.left, summary.interrupted), (1, 1, false));
+        assert!(matches!(&fates[0], Fate::Left { reason } if reason.contains("--node vanished")), "{fates:?}");
+        assert_eq!((ids(&broker, "haul.dead"), ids(&broker, "haul.node.b")), (vec!["t-1".into()], vec!["t-2".into()]));
+    }
+
+    #[tokio::test]
+    async fn a_letter_of_nobody_stays() {
+        let (broker, letters) = fleet().await;
+        let message = Message { body: "what".into(), ..Message::default() };
+        let (exchange, routing_key) = (Names::default().dlx(), "x".to_owned());
+        broker.publish(Outgoing { exchange, routing_key, message, mandatory: true }).await.unwrap();
+        let (summary, fates) = replay(&letters, &by_class(UNKNOWN), &Replay::default()).await;
+        assert_eq!((summary.done, summary.left), (0, 1));
+        assert!(matches!(&fates[0], Fate::Left { reason } if reason.contains("no node is known")));
+        assert_eq!(broker.messages("haul.dead").len(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_expired_letter_needs_a_new_moment() {
+        let (broker, letters) = fleet().await;
+        let body = serde_json::json!({"project_id": 42, "not_after": "2026-11-20T11:00:00Z", "colour": "blue"});
+        bury(&broker, "t-1", "a", "expired", body).await;
+        let (summary, fates) = replay(&letters, &Selection::default(), &Replay::default()).await;
+        assert_eq!((summary.left, broker.messages("haul.dead").len()), (1, 1));
+        assert!(matches!(&fates[0], Fate::Left { reason } if reason.contains("--not-after")));
+        let past = Replay { not_after: "2026-11-20T11:59:00Z".parse().ok(), ..Replay::default() };
+        assert_eq!(replay(&letters, &Selection::default(), &past).await.0.left, 1);
+        let later = Replay { not_after: "2026-11-21T00:00:00Z".parse().ok(), ..Replay::default() };
+        assert_eq!(replay(&letters, &Selection::default(), &later).await.0.done, 1);
+        let body: Value = serde_json::from_slice(&broker.messages("haul.node.a")[0].body).unwrap();
+        assert_eq!(body, serde_json::json!({"project_id": 42, "not_after": "2026-11-21T00:00:00Z", "colour": "blue"}));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rate_is_kept_and_an_interrupt_between_two_letters_gives_the_rest_back() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-1", "a", "auth"), ("t-2", "a", "auth"), ("t-3", "a", "auth")]).await;
+        let begin = Instant::now();
+        let slow = Replay { rate: Some("30/m".parse().unwrap()), ..Replay::default() };
+        replay(&letters, &Selection { limit: Some(2), ..Selection::default() }, &slow).await;
+        assert_eq!(begin.elapsed(), Duration::from_secs(2));
+        bury_all(&broker, &[("t-4", "a", "auth")]).await;
+        let stop = CancellationToken::new();
+        let asked = stop.clone();
+        let mut report = |_: &Letter, _: &Fate| asked.cancel();
+        let summary = letters.replay(&Selection::default(), &slow, noon, &stop, &mut report).await.unwrap();
+        assert_eq!((summary.matched, summary.done, summary.interrupted), (1, 1, true));
+        assert_eq!(ids(&broker, "haul.dead"), ["t-4"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_replay_takes_its_letters_anew_before_the_broker_does() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-0", "vanished", "auth"), ("t-1", "a", "quota"), ("t-2", "a", "auth")]).await;
+        bury_all(&broker, &[("t-3", "b", "quota"), ("t-4", "a", "auth"), ("t-5", "b", "auth")]).await;
+        let slow = Replay { rate: Some("10/h".parse().unwrap()), ..Replay::default() };
+        let (summary, _) = replay(&letters, &by_class("auth"), &slow).await;
+        assert_eq!((summary.matched, summary.done, summary.left), (4, 3, 1));
+        assert_eq!(ids(&broker, "haul.dead"), ["t-0", "t-1", "t-3"]);
+        assert_eq!((ids(&broker, "haul.node.a").len(), ids(&broker, "haul.node.b").len()), (2, 1));
+    }
+
+    #[tokio::test]
+    async fn a_replay_that_was_not_confirmed_stays_and_ends_the_rest() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-1", "a", "auth"), ("t-2", "a", "auth")]).await;
+        broker.lose_confirm_once();
+        let (summary, _) = replay(&letters, &Selection::default(), &Replay::default()).await;
+        assert_eq!((summary.done, summary.left, summary.interrupted), (0, 1, true));
+        assert_eq!(ids(&broker, "haul.dead"), ["t-1", "t-2"]);
+    }
+
+    #[tokio::test]
+    async fn a_letter_near_its_delivery_limit_is_put_anew() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-1", "a", "auth")]).await;
+        let mut worn = broker.messages("haul.dead").remove(0);
+        worn.set("x-delivery-count", 18);
+        worn.message_id = Some("t-worn".to_owned());
+        let (exchange, routing_key) = (String::new(), "haul.dead".to_owned());
+        broker.publish(Outgoing { exchange, routing_key, message: worn, mandatory: true }).await.unwrap();
+        let selection = Selection { delivery_limit: Some(20), ..Selection::default() };
+        let found = letters.list(&selection, &CancellationToken::new()).await.unwrap();
+        assert_eq!(found.len(), 2);
+        let anew = broker.messages("haul.dead");
+        assert_eq!(
+            anew.iter().map(|message| message.message_id.as_deref().unwrap()).collect::<Vec<_>>(),
+            ["t-1", "t-worn"]
+        );
+        assert!(!anew[1].headers.contains_key("x-delivery-count"));
+        assert_eq!(anew[1].headers.get(header::ERROR_CLASS), Some(&"auth".into()));
+    }
+
+    #[tokio::test]
+    async fn what_is_dropped_is_gone_and_nothing_else() {
+        let (broker, letters) = fleet().await;
+        bury_all(&broker, &[("t-1", "a", "auth"), ("t-2", "a", "quota"), ("t-3", "a", "auth")]).await;
+        let stop = CancellationToken::new();
+        let summary = letters.remove(&by_class("auth"), false, &stop, &mut |_, _| {}).await.unwrap();
+        assert_eq!((summary.done, ids(&broker, "haul.dead")), (2, vec!["t-2".to_owned()]));
+    }
+
+    #[tokio::test]
+    async fn a_broker_without_the_queue_says_what_to_run() {
+        let letters = DeadLetters::new(Arc::new(Memory::new()), Names::default());
+        let error = letters.list(&Selection::default(), &CancellationToken::new()).await.unwrap_err();
+        assert!(error.to_string().contains("haul topology apply"));
+    }
+}

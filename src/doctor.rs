@@ -140,7 +140,7 @@ pub async fn look(
 ) -> Result<Facts, BrokerError> {
     let inventory = match management {
         None => Told::No("no management API is known".to_owned()),
-        Some(api) => match api.inventory(wanted.names.prefix(), &[wanted.results.clone()]).await {
+        Some(api) => match api.inventory(wanted.names.prefix(), std::slice::from_ref(&wanted.results)).await {
             Ok(inventory) => Told::Yes(inventory),
             Err(error) => Told::No(error.to_string()),
         },

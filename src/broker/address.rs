@@ -29,7 +29,8 @@ impl Address {
     /// # Errors
     /// When it is not one; the text is not repeated, since it may hold a password.
     pub fn parse(text: &SecretString) -> Result<Self, BrokerError> {
-        let unfit = || BrokerError::Settings("broker.urls has an address that is no amqp:// or amqps:// URL".to_owned());
+        let unfit =
+            || BrokerError::Settings("broker.urls has an address that is no amqp:// or amqps:// URL".to_owned());
         let url = Url::parse(text.expose_secret()).map_err(|_| unfit())?;
         let tls = match url.scheme() {
             "amqp" => false,

@@ -165,7 +165,12 @@ impl Management {
     }
 
     /// Calls the API on a thread that may block; nothing for a 404.
-    async fn call(&self, method: &'static str, path: String, body: Option<Value>) -> Result<Option<Value>, BrokerError> {
+    async fn call(
+        &self,
+        method: &'static str,
+        path: String,
+        body: Option<Value>,
+    ) -> Result<Option<Value>, BrokerError> {
         let client = self.clone();
         let task = tokio::task::spawn_blocking(move || client.call_blocking(method, &path, body));
         task.await.unwrap_or_else(|error| Err(self.unreachable(error.to_string())))

@@ -1,14 +1,15 @@
 //! `haul dead`: reads dead letters, sends them again, or drops them.
 
+mod report;
+
 use std::{io::IsTerminal, sync::Arc, time::Duration};
 
 use clap::{Args, Subcommand, builder::PossibleValuesParser};
 use jiff::Timestamp;
-use serde::Serialize;
-use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::{connect, error::CliError, interrupted, output, table::Table, words::KINDS};
+use self::report::{Report, print_table, print_whole};
+use super::{connect, error::CliError, interrupted, output, words::KINDS};
 use crate::{
     broker::{
         Broker, BrokerError,
@@ -16,7 +17,7 @@ use crate::{
         version::Version,
     },
     config::Config,
-    dead::{DeadError, DeadLetters, Fate, Filter, Found, Letter, Rate, Replay, Selection, Summary, UNKNOWN},
+    dead::{DeadError, DeadLetters, Fate, Filter, Found, Letter, Rate, Replay, Selection, UNKNOWN},
     failure::ErrorClass,
     protocol::ProjectId,
     shutdown::exit,
@@ -122,7 +123,7 @@ pub(super) struct ReplayArgs {
     /// How fast: 5/s, 30/m or 100/h.
     #[arg(long, value_name = "RATE")]
     rate: Option<Rate>,
-    /// The new not_after of tasks whose old one has passed.
+    /// The new `not_after` of tasks whose old one has passed.
     #[arg(long, value_name = "TIME")]
     not_after: Option<Timestamp>,
     /// Print one JSON object a line.
@@ -275,8 +276,8 @@ async fn replay(
     let replay = Replay { dry_run: args.dry_run, rate: args.rate, not_after: args.not_after };
     let mut report = Report::new(args.json);
     let selection = args.filter.selection(limit);
-    let done = letters.replay(&selection, &replay, Timestamp::now, stop, &mut |letter, fate| report.tell(letter, fate));
-    let summary = done.await?;
+    let mut tell = |letter: &Letter, fate: &Fate| report.tell(letter, fate);
+    let summary = letters.replay(&selection, &replay, Timestamp::now, stop, &mut tell).await?;
     report.end(summary, if args.dry_run { "would be replayed" } else { "replayed" })
 }
 
@@ -301,8 +302,8 @@ async fn remove(
         selection.limit = Some(found.len());
     }
     let mut report = Report::new(args.json);
-    let done = letters.remove(&selection, args.dry_run, stop, &mut |letter, fate| report.tell(letter, fate));
-    let summary = done.await?;
+    let mut tell = |letter: &Letter, fate: &Fate| report.tell(letter, fate);
+    let summary = letters.remove(&selection, args.dry_run, stop, &mut tell).await?;
     report.end(summary, if args.dry_run { "would be dropped" } else { "dropped" })
 }
 
@@ -323,131 +324,6 @@ async fn confirm(found: &[Found]) -> Result<(), CliError> {
     match answer.await {
         Ok(Ok(answer)) if answer.trim().eq_ignore_ascii_case("yes") => Ok(()),
         _ => Err(CliError::Refused("nothing was dropped".to_owned())),
-    }
-}
-
-/// What is told of each letter, and how it all ended.
-struct Report {
-    json: bool,
-    failed: Option<CliError>,
-}
-
-/// One letter and what became of it, as JSON.
-#[derive(Serialize)]
-struct Told<'a> {
-    #[serde(flatten)]
-    letter: &'a Letter,
-    #[serde(flatten)]
-    fate: &'a Fate,
-}
-
-impl Report {
-    fn new(json: bool) -> Self {
-        Self { json, failed: None }
-    }
-
-    fn tell(&mut self, letter: &Letter, fate: &Fate) {
-        let told = if self.json {
-            output::json(&Told { letter, fate })
-        } else {
-            output::line(&crate::protocol::printable(&format!("{} {}", name(letter), words(fate))))
-        };
-        // The work goes on even where nobody can be told.
-        if let Err(error) = told {
-            self.failed.get_or_insert(error);
-        }
-    }
-
-    fn end(self, summary: Summary, done: &str) -> Result<u8, CliError> {
-        let mut sentence = format!("{} of {} dead letters {done}", summary.done, summary.matched);
-        if summary.left > 0 {
-            sentence.push_str(&format!(", {} left in the queue", summary.left));
-        }
-        if summary.interrupted {
-            sentence.push_str("; it ended early, and the rest was not touched");
-        }
-        output::note(&sentence);
-        match self.failed {
-            Some(error) => Err(error),
-            None if summary.left > 0 => Ok(exit::TASK),
-            None if summary.interrupted => Ok(exit::INTERRUPTED),
-            None => Ok(exit::OK),
-        }
-    }
-}
-
-fn words(fate: &Fate) -> String {
-    match fate {
-        Fate::Replayed => "replayed".to_owned(),
-        Fate::WouldReplay => "would be replayed".to_owned(),
-        Fate::Dropped => "dropped".to_owned(),
-        Fate::WouldDrop => "would be dropped".to_owned(),
-        Fate::Left { reason } => format!("left: {reason}"),
-        Fate::SentAndLeft => "replayed, but the letter could not be removed; replaying it again is harmless".to_owned(),
-    }
-}
-
-fn name(letter: &Letter) -> String {
-    let kind = letter.kind.as_deref().unwrap_or("?");
-    let project = letter.project_id.map_or_else(|| "?".to_owned(), |id| id.to_string());
-    let node = letter.node.as_ref().map_or("?", |node| node.as_str());
-    format!("{} ({kind} of project {project} on {node}, {})", letter.task_id.as_deref().unwrap_or("?"), letter.class)
-}
-
-fn print_table(found: &[Found], now: Timestamp) -> Result<(), CliError> {
-    let mut table = Table::new(["#", "TASK", "NODE", "KIND", "PROJECT", "CLASS", "ATTEMPTS", "AGE", "ERROR"]);
-    for Found { letter, .. } in found {
-        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        table.row([
-            letter.position.to_string(),
-            or_dash(letter.task_id.clone()),
-            or_dash(letter.node.as_ref().map(ToString::to_string)),
-            or_dash(letter.kind.clone()),
-            or_dash(letter.project_id.map(|id| id.to_string())),
-            letter.class.clone(),
-            or_dash(letter.attempts.map(|attempts| attempts.to_string())),
-            or_dash(letter.age(now).map(age)),
-            letter.error.clone(),
-        ]);
-    }
-    table.lines().iter().try_for_each(|line| output::line(line))
-}
-
-fn print_whole(found: &Found, json: bool) -> Result<(), CliError> {
-    let message = &found.message;
-    let body: Option<serde_json::Value> = serde_json::from_slice(&message.body).ok();
-    let text = String::from_utf8_lossy(&message.body).into_owned();
-    if json {
-        let mut value = json!(found.letter);
-        value["headers"] = json!(message.headers);
-        value["content_type"] = json!(message.content_type);
-        value["type"] = json!(message.type_);
-        value["timestamp"] = json!(message.timestamp);
-        value["body"] = body.unwrap_or(serde_json::Value::String(text));
-        return output::json(&value);
-    }
-    let print = |text: &str| text.lines().try_for_each(|line| output::line(&crate::protocol::printable(line)));
-    print(&name(&found.letter))?;
-    print(&format!("  error: {}", found.letter.error))?;
-    for entry in &found.letter.history {
-        print(&format!("  before: {entry}"))?;
-    }
-    print("  headers:")?;
-    for (name, value) in &message.headers {
-        print(&format!("    {name}: {}", value.to_string().replace('\n', " | ")))?;
-    }
-    print("  body:")?;
-    let pretty = body.and_then(|body| serde_json::to_string_pretty(&body).ok()).unwrap_or(text);
-    pretty.lines().try_for_each(|line| print(&format!("    {line}")))
-}
-
-/// A time in one unit.
-fn age(time: Duration) -> String {
-    match time.as_secs() {
-        seconds @ 0..120 => format!("{seconds}s"),
-        seconds @ 120..7200 => format!("{}m", seconds / 60),
-        seconds @ 7200..172_800 => format!("{}h", seconds / 3600),
-        seconds => format!("{}d", seconds / 86_400),
     }
 }
 
@@ -472,7 +348,7 @@ async fn delivery_limit(config: &Config, broker: &Arc<dyn Broker>) -> Option<i64
         Ok(Err(error)) => error.to_string(),
         Err(_) => format!("the management API does not answer within {} s", LIMIT_PATIENCE.as_secs()),
     };
-    let version = super::topology::told_version(broker).await;
+    let version = super::topology::told_version(broker);
     // Where nothing is known the default of newer brokers is assumed; older ones have none.
     if version.is_some_and(|version| !version.limits_deliveries()) {
         return None;

@@ -36,11 +36,7 @@ pub(super) struct Reading {
 
 impl Reading {
     /// Opens the queue for the letters that are there now.
-    pub(super) async fn open(
-        broker: &Arc<dyn Broker>,
-        queue: &str,
-        selection: &Selection,
-    ) -> Result<Self, DeadError> {
+    pub(super) async fn open(broker: &Arc<dyn Broker>, queue: &str, selection: &Selection) -> Result<Self, DeadError> {
         let depth = broker.depth(queue).await?.ok_or_else(|| DeadError::NoQueue(queue.to_owned()))?;
         Ok(Self {
             browse: broker.browse(queue).await?,

@@ -3,7 +3,7 @@
 use std::{str::FromStr, time::Duration};
 
 use super::letter::Letter;
-use crate::protocol::ProjectId;
+use crate::protocol::{NodeName, ProjectId};
 
 /// Which letters are meant: within a field any of its values, all fields together; no values, no condition.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,7 +31,7 @@ impl Filter {
     #[must_use]
     pub fn matches(&self, letter: &Letter) -> bool {
         any(&self.tasks, letter.task_id.as_deref())
-            && any(&self.nodes, letter.node.as_ref().map(|node| node.as_str()))
+            && any(&self.nodes, letter.node.as_ref().map(NodeName::as_str))
             && any(&self.kinds, letter.kind.as_deref())
             && any(&self.classes, Some(letter.class.as_str()))
             && (self.projects.is_empty() || letter.project_id.is_some_and(|project| self.projects.contains(&project)))
@@ -53,19 +53,19 @@ impl FromStr for Rate {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let unfit = || format!("{text:?} is not a rate: write for example 5/s, 30/m or 100/h (at least 6/h)");
+        let refusal = || format!("{text:?} is not a rate: write for example 5/s, 30/m or 100/h (at least 6/h)");
         let (count, unit) = text.split_once('/').unwrap_or((text, "s"));
-        let count: f64 = count.trim().parse().map_err(|_| unfit())?;
+        let count: f64 = count.trim().parse().map_err(|_| refusal())?;
         let unit = match unit.trim() {
             "s" | "sec" | "second" => 1.0,
             "m" | "min" | "minute" => 60.0,
             "h" | "hour" => 3600.0,
-            _ => return Err(unfit()),
+            _ => return Err(refusal()),
         };
         // A letter waits for its turn unsettled, which a broker bears for less than its consumer timeout.
-        let period = Duration::try_from_secs_f64(unit / count).map_err(|_| unfit())?;
+        let period = Duration::try_from_secs_f64(unit / count).map_err(|_| refusal())?;
         if period.is_zero() || period > Duration::from_mins(10) {
-            return Err(unfit());
+            return Err(refusal());
         }
         Ok(Self { period })
     }
@@ -88,8 +88,7 @@ mod tests {
     #[test]
     fn fields_narrow_and_values_widen() {
         let strings = |list: &[&str]| list.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
-        let filter =
-            Filter { classes: strings(&["auth", "network"]), kinds: strings(&["pull"]), ..Filter::default() };
+        let filter = Filter { classes: strings(&["auth", "network"]), kinds: strings(&["pull"]), ..Filter::default() };
         assert!(filter.matches(&letter("auth", 1)) && filter.matches(&letter("network", 2)));
         assert!(!filter.matches(&letter("quota", 1)));
         for filter in [

@@ -160,10 +160,7 @@ fn state(differences: Vec<String>) -> State {
     if differences.is_empty() { State::Equal } else { State::Differs { how: differences.join("; ") } }
 }
 
-fn argument_differences(
-    wanted: &BTreeMap<String, HeaderValue>,
-    found: &BTreeMap<String, HeaderValue>,
-) -> Vec<String> {
+fn argument_differences(wanted: &BTreeMap<String, HeaderValue>, found: &BTreeMap<String, HeaderValue>) -> Vec<String> {
     let mut differences = Vec::new();
     for (name, value) in wanted {
         match found.get(name) {
@@ -175,7 +172,10 @@ fn argument_differences(
         }
     }
     differences.extend(
-        found.iter().filter(|(name, _)| !wanted.contains_key(*name)).map(|(name, value)| format!("it has {name}={value}")),
+        found
+            .iter()
+            .filter(|(name, _)| !wanted.contains_key(*name))
+            .map(|(name, value)| format!("it has {name}={value}")),
     );
     differences
 }

@@ -110,16 +110,18 @@ mod tests {
             let keys = |policy: PolicyView| (policy.name, policy.definition.into_keys().collect());
             policies(version).into_iter().map(keys).collect()
         };
-        let class = |name: &str, keys: &[&str]| {
-            (name.to_owned(), keys.iter().map(|&key| key.to_owned()).collect::<Vec<_>>())
-        };
+        let class =
+            |name: &str, keys: &[&str]| (name.to_owned(), keys.iter().map(|&key| key.to_owned()).collect::<Vec<_>>());
         assert_eq!(keys("3.10.8"), []);
         assert_eq!(keys("3.11.28"), []);
         assert_eq!(keys("3.12.0"), [class("haul-node", &["consumer-timeout"])]);
         for version in ["4.0.5", "4.3.6"] {
             assert_eq!(
                 keys(version),
-                [class("haul-node", &["consumer-timeout", "delivery-limit"]), class("haul-shared", &["delivery-limit"])]
+                [
+                    class("haul-node", &["consumer-timeout", "delivery-limit"]),
+                    class("haul-shared", &["delivery-limit"])
+                ]
             );
         }
     }

@@ -188,7 +188,9 @@ impl Exam<'_> {
         finding(
             Severity::Yellow,
             queue,
-            format!("it has {consumers} consumers: a second agent of the same name, or the ghost of an earlier one{list}"),
+            format!(
+                "it has {consumers} consumers: a second agent of the same name, or the ghost of an earlier one{list}"
+            ),
             format!(
                 "rabbitmqctl list_consumers --vhost {} queue_name channel_pid consumer_tag active, then stop that \
                  agent or close its connection: rabbitmqctl close_connection PID 'not the owner'",
@@ -302,12 +304,7 @@ mod tests {
 
     fn wanted() -> Wanted {
         let names = Names::default();
-        Wanted {
-            results: names.master_event(),
-            names,
-            nodes: vec![node()],
-            longest_deadline: Duration::from_mins(25),
-        }
+        Wanted { results: names.master_event(), names, nodes: vec![node()], longest_deadline: Duration::from_mins(25) }
     }
 
     fn address(text: &str) -> Address {
@@ -357,10 +354,7 @@ mod tests {
             version: Some(version),
             nodes: vec![node()],
             missing: Vec::new(),
-            depths: BTreeMap::from([
-                ("haul.node.a".to_owned(), depth(0, 1)),
-                ("haul.dead".to_owned(), depth(0, 0)),
-            ]),
+            depths: BTreeMap::from([("haul.node.a".to_owned(), depth(0, 1)), ("haul.dead".to_owned(), depth(0, 0))]),
             inventory: Told::Yes(Inventory {
                 version: Some(version),
                 exchanges: topology.exchanges.iter().map(exchange).collect(),
@@ -483,7 +477,13 @@ mod tests {
             let exchange = inventory(facts).exchanges.iter_mut().find(|one| one.name == "haul.return").unwrap();
             exchange.arguments.clear();
         });
-        only(findings, Severity::Red, "haul.return", "alternate-exchange=haul.dlx is missing", "/api/exchanges/%2F/haul");
+        only(
+            findings,
+            Severity::Red,
+            "haul.return",
+            "alternate-exchange=haul.dlx is missing",
+            "/api/exchanges/%2F/haul",
+        );
     }
 
     #[test]

@@ -5,10 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::{
-    broker::version::Version,
-    protocol::wire::HeaderValue,
-};
+use crate::{broker::version::Version, protocol::wire::HeaderValue};
 
 /// Everything that was asked of the management API at one moment.
 #[derive(Clone, Debug, Default)]
@@ -218,6 +215,7 @@ fn table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, 
 }
 
 /// Tells "no policy" from "not said".
+#[expect(clippy::option_option, reason = "absent, null and a name are three answers of the API")]
 fn told<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
     Ok(Some(Option::<String>::deserialize(deserializer)?.filter(|name| !name.is_empty())))
 }

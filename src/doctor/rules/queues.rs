@@ -29,7 +29,11 @@ impl Exam<'_> {
                     Severity::Red,
                     &queue.name,
                     format!("its state is {state}: no majority of its replicas answers"),
-                    format!("rabbitmq-queues quorum_status --vhost {} {}", shell(&self.facts.vhost), shell(&queue.name)),
+                    format!(
+                        "rabbitmq-queues quorum_status --vhost {} {}",
+                        shell(&self.facts.vhost),
+                        shell(&queue.name)
+                    ),
                 )));
             }
         }
@@ -158,17 +162,14 @@ impl Exam<'_> {
         }
         for (timeout, subject) in short {
             let policy = self.policy_of(&self.wanted.names.node(&any_node()));
-            let mend = match policy.filter(|policy| policy.definition.contains_key("consumer-timeout")) {
-                Some(policy) => set_policy_command(&policy, &self.facts.vhost),
-                None => {
-                    let millis = needed_timeout(self.wanted.longest_deadline).as_millis();
-                    format!(
-                        "put consumer_timeout = {millis} into rabbitmq.conf, now: rabbitmqctl eval \
-                         'application:set_env(rabbit, consumer_timeout, {millis}).', and set broker.consumer_timeout \
-                         alike; or lower git.max_timeout"
-                    )
-                }
-            };
+            let by_policy = policy.filter(|policy| policy.definition.contains_key("consumer-timeout"));
+            let millis = needed_timeout(self.wanted.longest_deadline).as_millis();
+            let by_hand = format!(
+                "put consumer_timeout = {millis} into rabbitmq.conf, now: rabbitmqctl eval \
+                 'application:set_env(rabbit, consumer_timeout, {millis}).', and set broker.consumer_timeout alike; or \
+                 lower git.max_timeout"
+            );
+            let mend = by_policy.map_or(by_hand, |policy| set_policy_command(&policy, &self.facts.vhost));
             findings.push(lagging(finding(
                 Severity::Red,
                 &subject,
