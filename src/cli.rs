@@ -123,7 +123,8 @@ fn client<F>(config: Config, command: impl FnOnce(Config) -> F) -> Result<u8, Cl
 where
     F: Future<Output = Result<u8, CliError>>,
 {
-    config.log.install("warn");
+    // What lapin calls an error (a question for a queue that does not exist) is an answer to us.
+    config.log.install("warn,lapin=off");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
     let command = command(config);
     let code = runtime.block_on(async {

@@ -175,7 +175,7 @@ impl DeadLetters {
             if !go_on {
                 // The channel may be gone with the rest of the connection; the broker then gives them back itself.
                 if let Err(error) = reading.give_back().await {
-                    tracing::warn!(error.message = %error, "could not give dead letters back");
+                    tracing::warn!(error = %error, "could not give dead letters back");
                 }
                 summary.interrupted = true;
                 return Ok(summary);

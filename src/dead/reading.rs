@@ -94,7 +94,7 @@ impl Reading {
                     return;
                 }
                 Err(error) => {
-                    tracing::warn!(error.message = %error, "a dead letter near its delivery limit could not be put anew");
+                    tracing::warn!(error = %error, "a dead letter near its delivery limit could not be put anew");
                 }
             }
         }

@@ -13,6 +13,9 @@ use crate::{
     protocol::wire::HeaderValue,
 };
 
+/// Stands between exchange and queue in a binding's name.
+pub(super) const BINDS: &str = " → ";
+
 /// Whether a thing is as it should be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
@@ -72,7 +75,7 @@ pub fn plan(wanted: &Wanted, facts: &Facts) -> Vec<Item> {
     for binding in &topology.bindings {
         items.push(Item {
             what: "binding",
-            name: format!("{} → {}", binding.exchange, binding.queue),
+            name: format!("{}{BINDS}{}", binding.exchange, binding.queue),
             detail: binding.routing_key.clone(),
             state: binding_state(binding, facts, inventory),
         });

@@ -4,7 +4,7 @@ mod queues;
 
 use super::{
     Facts, Finding, Item, Severity, State, Wanted,
-    plan::plan,
+    plan::{BINDS, plan},
     policy::{quoted, set_policy_command, shell},
 };
 use crate::{
@@ -108,7 +108,12 @@ impl Exam<'_> {
     }
 
     fn objects(&self, findings: &mut Vec<Finding>) {
+        let is_missing = |name: &str| self.facts.missing.iter().any(|missing| missing == name);
         for item in plan(self.wanted, self.facts) {
+            // A binding goes with its exchange and its queue, which are findings of their own.
+            if item.what == "binding" && item.name.split(BINDS).any(is_missing) {
+                continue;
+            }
             match &item.state {
                 State::Equal | State::Unknown => {}
                 State::Missing if item.what == "policy" => findings.push(self.policy(&item, "it is missing")),
@@ -272,7 +277,7 @@ impl Exam<'_> {
 
     /// The command that makes what is missing; `name` may also be a binding's.
     fn apply(&self, name: &str) -> String {
-        let queue = name.rsplit(" → ").next().unwrap_or(name);
+        let queue = name.rsplit(BINDS).next().unwrap_or(name);
         let prefix = self.wanted.names.prefix();
         let node = [".node.", ".control."]
             .iter()
@@ -427,15 +432,15 @@ mod tests {
     #[test]
     fn what_is_missing_is_named_with_its_command() {
         let missing = |name: &'static str| after(NEW, |facts| facts.missing = vec![name.to_owned()]);
-        let of = |findings: Vec<Finding>, name: &str| {
-            findings.into_iter().filter(|finding| finding.subject == name).collect::<Vec<_>>()
-        };
-        let exchange = of(missing("haul.event"), "haul.event");
-        only(exchange, Severity::Red, "haul.event", "exchange is missing", "haul topology apply");
-        let queue = of(missing("haul.node.a"), "haul.node.a");
-        only(queue, Severity::Red, "haul.node.a", "queue is missing", "haul topology apply --node a");
-        let control = of(missing("haul.control.a"), "haul.control.a");
-        only(control, Severity::Red, "haul.control.a", "queue is missing", "haul topology apply --node a");
+        only(missing("haul.event"), Severity::Red, "haul.event", "exchange is missing", "haul topology apply");
+        only(missing("haul.node.a"), Severity::Red, "haul.node.a", "queue is missing", "haul topology apply --node a");
+        only(
+            missing("haul.control.a"),
+            Severity::Red,
+            "haul.control.a",
+            "queue is missing",
+            "haul topology apply --node a",
+        );
     }
 
     #[test]
