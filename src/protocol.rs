@@ -26,4 +26,3 @@ pub(crate) use task::printable;
 
 /// The version of the contract that this program speaks.
 pub const VERSION: u32 = 1;
-pub(crate) use task::printable;

@@ -84,7 +84,7 @@ fn exchange(name: String, kind: ExchangeKind) -> Exchange {
 fn queue(name: String, arguments: &[(&str, HeaderValue)]) -> Queue {
     let mut all = BTreeMap::from([("x-queue-type".to_owned(), "quorum".into())]);
     all.extend(arguments.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
-    Queue { name, arguments: all }
+    Queue { name, arguments: all, lifetime: Lifetime::Durable }
 }
 
 fn bind(exchange: String, queue: String, routing_key: &str) -> Binding {

@@ -48,7 +48,7 @@ async fn one_end(agent: &mut Agent, id: &str, expected: Status) {
 async fn clone_killed_at(step: Step) {
     let upstream = Repository::new();
     let head = git(&upstream.work(), &["rev-parse", "HEAD"]);
-    let mut agent = Agent::new(&Rabbit::shared().await).await;
+    let mut agent = Agent::new(Rabbit::shared()).await;
     dies_at(&mut agent, step, &Agent::clone_task("t", 7, &upstream, "7_app")).await;
     let project = agent.projects().join("7_app");
     if !visible_projects(&agent.projects()).is_empty() {
@@ -61,7 +61,7 @@ async fn clone_killed_at(step: Step) {
 
 async fn pull_killed_at(step: Step) {
     let upstream = Repository::new();
-    let mut agent = Agent::new(&Rabbit::shared().await).await;
+    let mut agent = Agent::new(Rabbit::shared()).await;
     agent.start(&[]);
     agent.publish(&Agent::clone_task("c", 7, &upstream, "7_app")).await;
     agent.end("c", 0).await;
@@ -78,7 +78,7 @@ async fn pull_killed_at(step: Step) {
 
 async fn delete_killed_at(step: Step) {
     let upstream = Repository::new();
-    let mut agent = Agent::new(&Rabbit::shared().await).await;
+    let mut agent = Agent::new(Rabbit::shared()).await;
     agent.start(&[]);
     agent.publish(&Agent::clone_task("c", 7, &upstream, "7_app")).await;
     agent.end("c", 0).await;
@@ -90,7 +90,7 @@ async fn delete_killed_at(step: Step) {
 
 async fn failing_clone_killed_at(step: Step) {
     let upstream = Repository::new();
-    let mut agent = Agent::new(&Rabbit::shared().await).await;
+    let mut agent = Agent::new(Rabbit::shared()).await;
     let mut task = Agent::clone_task("t", 7, &upstream, "7_app");
     task["branch"] = "no-such-branch".into();
     dies_at(&mut agent, step, &task).await;
@@ -104,7 +104,7 @@ async fn failing_clone_killed_at(step: Step) {
 }
 
 async fn retried_clone_killed_at(step: Step) {
-    let mut agent = Agent::new(&Rabbit::shared().await).await;
+    let mut agent = Agent::new(Rabbit::shared()).await;
     agent.set("AGENT_RETRY__MAX_ATTEMPTS", "2");
     // Nobody listens on port 1: the attempt fails with class network and is retried.
     let task = serde_json::json!({"v": 1, "task_id": "t", "kind": "clone", "project_id": 7,

@@ -3,8 +3,11 @@
 use crate::{
     broker::{BrokerError, PublishError},
     config::ConfigError,
+    lock::LockError,
     protocol::NodeName,
     shutdown::exit,
+    store::JournalError,
+    worker::WorkerError,
 };
 
 /// One sentence: what happened, and what to do about it.
@@ -42,6 +45,15 @@ pub(super) enum CliError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The storage directory cannot be used.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The agent could not begin.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
     /// The process cannot run anything.
     #[error("cannot start: {0}")]
     Runtime(std::io::Error),
@@ -55,7 +67,9 @@ impl CliError {
             Self::Broker(_) | Self::Publish(_) => exit::BROKER,
             Self::NotEnrolled { .. } | Self::Refused(_) => exit::TASK,
             Self::TimedOut(_) => exit::TIMED_OUT,
-            Self::Output { .. } | Self::Runtime(_) => exit::FAILED,
+            Self::Lock(LockError::Held { .. }) => exit::LOCKED,
+            Self::Worker(WorkerError::Broker(_) | WorkerError::Topology { .. }) => exit::BROKER,
+            Self::Output { .. } | Self::Runtime(_) | Self::Lock(_) | Self::Journal(_) | Self::Worker(_) => exit::FAILED,
         }
     }
 }

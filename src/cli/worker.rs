@@ -1,9 +1,24 @@
 //! `haul worker`: the agent of this node.
 
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
 use clap::Args;
 
 use super::error::CliError;
-use crate::config::Config;
+use crate::{
+    broker::{Broker, rabbitmq::RabbitMq},
+    config::Config,
+    execute::{Execute, GitExecutor},
+    lock::StorageLock,
+    protocol::{NodeName, TaskId},
+    shutdown::Shutdown,
+    store::{Journal, SqliteRows},
+    worker::{Clock, Observe, Parts, Step, Unobserved, Worker, WorkerSettings},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -12,17 +27,121 @@ Examples:
 
 The first SIGTERM or SIGINT takes no more tasks and finishes what runs within shutdown.grace; the second stops at once.";
 
+/// Kept free between waiting in the window, the longest deadline and the broker's consumer timeout.
+const TIMEOUT_MARGIN: Duration = Duration::from_mins(1);
+/// The agent itself only waits: git work is done in children.
+const THREADS: usize = 2;
+
 /// Arguments of `haul worker`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct WorkerArgs {
+    /// Consume the node's queue although another consumer is on it
+    #[arg(long)]
+    force: bool,
     /// Ends the process by force at a step of a message's path; for tests of crash safety.
     #[arg(long, hide = true, value_name = "STEP")]
-    observe: Option<String>,
+    observe: Option<Step>,
+}
+
+/// Kills the process at one step, as a power cut would.
+struct KilledAt(Step);
+
+impl Observe for KilledAt {
+    fn reached(&self, step: Step, task: Option<&TaskId>) {
+        if step != self.0 {
+            return;
+        }
+        super::output::complain(&format!("killed at step {step} of task {}", task.map_or("?", TaskId::as_str)));
+        // Nothing can be done about a refusal, and a process may always signal itself.
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        loop {
+            std::thread::park();
+        }
+    }
 }
 
 pub(super) fn run(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
     config.log.install("info");
-    let _ = (config.node()?, args.observe);
-    Err(CliError::Refused("the agent is not part of this build".to_owned()))
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .enable_all()
+        .build()
+        .map_err(CliError::Runtime)?;
+    let code = runtime.block_on(agent(config, args));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    code
+}
+
+/// Loads, opens, wires and waits.
+async fn agent(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
+    let node = config.node()?;
+    let shutdown = Shutdown::new(&config.shutdown);
+    shutdown.on_signals().map_err(CliError::Runtime)?;
+    let lock = StorageLock::take(&config.storage_path)?;
+    let own = StorageLock::directory(&config.storage_path);
+    let executor = open_executor(&config).await?;
+    let journal = Journal::open(SqliteRows::open(&own.join("journal.db")).await?).await?;
+    let broker = RabbitMq::connect(&config.broker, &format!("haul worker {node}")).await?;
+    let broker: Arc<dyn Broker> = Arc::new(broker);
+    let boot = uuid::Uuid::now_v7().to_string();
+    tracing::info!(node = %node, boot, slots = config.slots(), window = config.window(), version = env!("CARGO_PKG_VERSION"), "starting");
+    let observer: Arc<dyn Observe> = match args.observe {
+        Some(step) => Arc::new(KilledAt(step)),
+        None => Arc::new(Unobserved),
+    };
+    let parts = Parts {
+        settings: worker_settings(&config, node, args.force),
+        broker: broker.clone(),
+        journal,
+        executor,
+        observer,
+        clock: Clock::system(),
+        boot,
+    };
+    let worker = Worker::new(parts, shutdown.soft().clone(), shutdown.hard().clone());
+    let mut readiness = worker.readiness();
+    tokio::spawn(async move {
+        while readiness.changed().await.is_ok() {
+            let now = *readiness.borrow_and_update();
+            tracing::info!(ready = now.is_ready(), state = ?now, "readiness");
+        }
+    });
+    let running = shutdown.tracker().spawn(worker.run());
+    let ended = tokio::select! {
+        result = running => {
+            result.map_err(|error| CliError::Refused(format!("the agent broke down: {error}")))??;
+            crate::shutdown::Ended::Finished
+        }
+        ended = shutdown.ended() => ended,
+    };
+    broker.close().await;
+    drop(lock);
+    tracing::info!(ended = ?ended, "ended");
+    Ok(ended.code())
+}
+
+async fn open_executor(config: &Config) -> Result<Arc<dyn Execute>, CliError> {
+    // The path of the running binary, even where it has been replaced on disk meanwhile.
+    let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
+    let projects = config.projects();
+    let executor = GitExecutor::open(&config.git, &config.storage_path, &projects, program).await;
+    let refused = |path: &Path, error| CliError::Refused(format!("the projects at {} cannot be used: {error}", path.display()));
+    Ok(Arc::new(executor.map_err(|error| refused(&projects, error))?))
+}
+
+fn worker_settings(config: &Config, node: NodeName, force: bool) -> WorkerSettings {
+    let spare = config.broker.consumer_timeout.saturating_sub(config.git.max_timeout + TIMEOUT_MARGIN);
+    WorkerSettings {
+        node,
+        names: config.names(),
+        slots: config.slots(),
+        window: config.window(),
+        retry: config.retry.clone(),
+        results_queue: config.results_queue(),
+        retention: config.journal.retention,
+        longest_wait: spare.max(Duration::from_secs(30)),
+        ghost_limit: config.broker.heartbeat * 4,
+        force,
+    }
 }

@@ -56,12 +56,12 @@ impl Agent {
     pub async fn new(rabbit: &Rabbit) -> Self {
         let prefix = format!("t{}", uuid::Uuid::new_v4().simple());
         let names = Names::new(prefix.clone());
-        let master = Arc::new(RabbitMq::connect(&broker_settings(&rabbit.url()), "test master").await.unwrap());
+        let master = Arc::new(RabbitMq::connect(&broker_settings(&rabbit.url), "test master").await.unwrap());
         master.declare(&names.shared_topology(&names.master_event())).await.unwrap();
         let storage = tempfile::tempdir().unwrap();
         let environment = [
             ("AGENT_NODE_NAME", "n1".to_owned()),
-            ("AGENT_AMQP_URL", rabbit.url()),
+            ("AGENT_AMQP_URL", rabbit.url.clone()),
             ("AGENT_STORAGE_PATH", storage.path().to_str().unwrap().to_owned()),
             ("AGENT_PREFIX", prefix),
             ("AGENT_GIT__ALLOW_FILE", "true".to_owned()),
