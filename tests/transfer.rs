@@ -223,10 +223,10 @@ async fn only_what_is_new_is_received_and_what_is_gone_is_forgotten() {
 #[tokio::test]
 async fn deltas_are_resolved_also_against_what_is_already_there() {
     let upstream = Upstream::new();
-    let text = |changed: usize| -> String {
-        (0..2000)
-            .map(|line| format!("{}\n", if line == changed { "changed".to_owned() } else { line.to_string() }))
-            .collect()
+    let text = |changed: usize| {
+        let mut lines: Vec<String> = (0..2000).map(|line| line.to_string()).collect();
+        "changed".clone_into(&mut lines[changed]);
+        lines.join("\n")
     };
     for changed in 0..12 {
         upstream.commit("main", &[("a.txt", &text(changed * 10))]);
