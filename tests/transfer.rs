@@ -221,6 +221,30 @@ async fn only_what_is_new_is_received_and_what_is_gone_is_forgotten() {
 }
 
 #[tokio::test]
+async fn deltas_are_resolved_also_against_what_is_already_there() {
+    let upstream = Upstream::new();
+    let text = |changed: usize| {
+        let mut lines: Vec<String> = (0..2000).map(|line| line.to_string()).collect();
+        "changed".clone_into(&mut lines[changed]);
+        lines.join("\n")
+    };
+    for changed in 0..12 {
+        upstream.commit("main", &[("a.txt", &text(changed * 10))]);
+    }
+    upstream.git(&["repack", "-adfq", "--depth=50"]);
+    let server = Server::start(upstream.root());
+    let node = Node::new().await;
+    let first = node.fetch(&server.url("app.git")).await.unwrap();
+    assert_sound(&first.path);
+    upstream.commit("main", &[("a.txt", &text(1999))]);
+    upstream.git(&["repack", "-adfq", "--depth=50"]);
+    let second = node.fetch(&server.url("app.git")).await.unwrap();
+    assert!(second.received_bytes < 2000, "{}", second.received_bytes);
+    assert_eq!(refs(&second.path), refs(&upstream.path()));
+    assert_sound(&second.path);
+}
+
+#[tokio::test]
 async fn a_rewritten_branch_is_followed() {
     let upstream = rich();
     let server = Server::start(upstream.root());
