@@ -9,7 +9,7 @@ use haul::{
         Broker, BrokerError, Consume, Consumer, Delivery, Health, Names, Outgoing, PublishError, StaleDelivery,
         Topology,
         memory::Memory,
-        topology::{Binding, Exchange, ExchangeKind, Queue},
+        topology::{Binding, Exchange, ExchangeKind, Lifetime, Queue},
     },
     protocol::{
         NodeName,

@@ -116,7 +116,7 @@ impl Place {
         ]);
         let topology = Topology {
             exchanges: vec![Exchange { name: exchange.clone(), kind: ExchangeKind::Direct, alternate: None }],
-            queues: vec![Queue { name: queue.clone(), arguments }],
+            queues: vec![Queue { name: queue.clone(), arguments, lifetime: Lifetime::Durable }],
             bindings: vec![Binding { exchange: exchange.clone(), queue: queue.clone(), routing_key: "key".to_owned() }],
         };
         Self { exchange, queue, topology }
