@@ -83,7 +83,7 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
             follows,
             single_branch: work.single_branch,
             // Known to the placing alone.
-            directory: Identity { device: 0, inode: 0 },
+            directory: Identity::default(),
             last_fetch: Some(Timestamp::now()),
             applied: Applied::default(),
         };

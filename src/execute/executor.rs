@@ -77,7 +77,7 @@ impl Execute for GitExecutor {
         match (binding, tombstone) {
             (Some(binding), _) => {
                 let (seq, mark) = (binding.applied.seq, binding.applied.mark);
-                let there = self.on_projects(move |projects| Ok(projects.directory(&binding)?.is_some())).await;
+                let there = self.on_projects(move |projects| projects.stands(&binding)).await;
                 ProjectState { seq, mark, active: there.unwrap_or(false), deleted: false }
             }
             (None, Some(tombstone)) => {

@@ -136,13 +136,20 @@ impl Projects {
     /// # Errors
     /// When it cannot be looked at, or the projects directory was replaced.
     pub(crate) fn directory(&self, binding: &Binding) -> Result<Option<Dir>, Failure> {
-        self.same_root()?;
-        let bound = |stat| Identity::of(&stat) == binding.directory;
-        if !self.root.look(&binding.target)?.is_some_and(bound) {
+        if !self.stands(binding)? {
             return Ok(None);
         }
         let dir = self.root.child(&binding.target)?;
         Ok((dir.identity()? == binding.directory).then_some(dir))
+    }
+
+    /// Whether the directory of a bound project is where it should be.
+    ///
+    /// # Errors
+    /// When it cannot be looked at, or the projects directory was replaced.
+    pub(crate) fn stands(&self, binding: &Binding) -> Result<bool, Failure> {
+        self.same_root()?;
+        Ok(self.root.identify(&binding.target)? == Some(binding.directory))
     }
 
     /// What a clone of `project` from `url` finds at `target`.
@@ -255,12 +262,12 @@ impl Projects {
         let (binding, former) = self.of(project);
         let mut buried = None;
         if let Some(binding) = &binding
-            && self.directory(binding)?.is_some()
+            && self.stands(binding)?
         {
             let name = format!("{:032x}", rand::random::<u128>());
             self.root.rename_to(&binding.target, &self.trash, &name)?;
             // The name could have been given to another directory in between.
-            if self.trash.look(&name)?.map(|stat| Identity::of(&stat)) != Some(binding.directory) {
+            if self.trash.identify(&name)? != Some(binding.directory) {
                 self.trash.rename_to(&name, &self.root, &binding.target)?;
                 return Err(Failure::conflict(format!("{} was swapped for another directory", binding.target)));
             }

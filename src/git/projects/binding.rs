@@ -156,7 +156,7 @@ mod tests {
             credential: None,
             follows: Follows::Branch("main".to_owned()),
             single_branch: false,
-            directory: Identity { device: u64::MAX, inode: 3 },
+            directory: Identity { device: u64::MAX, inode: 3, born: Some(5) },
             last_fetch: None,
             applied: Applied::default(),
         };

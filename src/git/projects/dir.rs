@@ -13,8 +13,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, fsync, mkdirat, open, openat2,
-        renameat_with, statat, unlinkat,
+        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxFlags, fsync, makedev,
+        mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
     },
     io::Errno,
 };
@@ -28,18 +28,22 @@ const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLI
 pub(crate) struct Dir(OwnedFd);
 
 /// Which directory it is, whatever its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     /// The file system.
     pub(crate) device: u64,
     /// The inode on it.
     pub(crate) inode: u64,
+    /// When it was made, in nanoseconds, where the file system tells: numbers of removed inodes are given out again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) born: Option<i64>,
 }
 
 impl Identity {
-    /// The identity that `stat` tells.
-    pub(crate) fn of(stat: &Stat) -> Self {
-        Self { device: stat.st_dev, inode: stat.st_ino }
+    fn of(stat: &Statx) -> Self {
+        let born = (stat.stx_mask & StatxFlags::BTIME.bits() != 0)
+            .then(|| stat.stx_btime.tv_sec.saturating_mul(1_000_000_000).saturating_add(stat.stx_btime.tv_nsec.into()));
+        Self { device: makedev(stat.stx_dev_major, stat.stx_dev_minor), inode: stat.stx_ino, born }
     }
 }
 
@@ -81,7 +85,19 @@ impl Dir {
 
     /// Which directory this is.
     pub(crate) fn identity(&self) -> io::Result<Identity> {
-        Ok(Identity::of(&rustix::fs::fstat(&self.0)?))
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        Ok(Identity::of(&statx(&self.0, "", AtFlags::EMPTY_PATH, wanted)?))
+    }
+
+    /// Which directory stands under `name`; `None` where nothing does, or anything else.
+    pub(crate) fn identify(&self, name: &str) -> io::Result<Option<Identity>> {
+        match statx(&self.0, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS | StatxFlags::BTIME) {
+            Ok(stat) if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory => {
+                Ok(Some(Identity::of(&stat)))
+            }
+            Ok(_) | Err(Errno::NOENT) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// What stands under `name`, links not followed; `None` where nothing does.

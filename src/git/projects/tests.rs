@@ -24,7 +24,7 @@ fn binding(project: ProjectId, name: &str) -> Binding {
         credential: None,
         follows: Follows::Branch("main".to_owned()),
         single_branch: false,
-        directory: Identity { device: 0, inode: 0 },
+        directory: Identity::default(),
         last_fetch: None,
         applied: Applied::default(),
     }
@@ -171,6 +171,17 @@ fn of_a_binding_and_a_tombstone_the_later_counts() {
     fs::write(&owner, kept).unwrap();
     let projects = Projects::open(at.path()).unwrap();
     assert!(projects.of(1).0.is_none() && projects.of(1).1.is_some() && !owner.exists());
+}
+
+#[test]
+fn a_directory_that_got_the_number_of_a_removed_one_is_not_the_project() {
+    let at = tempfile::tempdir().unwrap();
+    let projects = Projects::open(at.path()).unwrap();
+    let mut placed = place(&projects, 1, "a", "t1").unwrap();
+    // File systems give numbers out again at will; the moment it was made tells them apart.
+    assert!(placed.directory.born.is_some());
+    placed.directory.born = Some(1);
+    assert!(!projects.stands(&placed).unwrap());
 }
 
 #[test]
