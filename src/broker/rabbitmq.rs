@@ -13,6 +13,7 @@ mod inbound;
 mod lane;
 mod link;
 mod session;
+mod silence;
 mod waits;
 
 use std::{
