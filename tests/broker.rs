@@ -1,5 +1,7 @@
 //! What every broker must do: one suite, run on RabbitMQ and on the one in memory.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test that cannot go on fails the test")]
+
 mod support;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -26,7 +28,7 @@ struct Fixture {
 }
 
 impl Fixture {
-    async fn memory(test: &str) -> Self {
+    fn memory(test: &str) -> Self {
         let memory = Memory::new();
         Self { broker: Arc::new(memory.clone()), other: Arc::new(memory), prefix: unique(test) }
     }
@@ -115,7 +117,7 @@ fn id(delivery: &Delivery) -> String {
 macro_rules! conformance {
     ($($name:ident,)*) => {
         mod memory {
-            $(#[tokio::test] async fn $name() { super::$name(super::Fixture::memory(stringify!($name)).await).await; })*
+            $(#[tokio::test] async fn $name() { super::$name(super::Fixture::memory(stringify!($name))).await; })*
         }
         mod rabbitmq {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,7 @@
 //! What only a real broker can do to us: restarts, lost connections, alarms, timeouts, TLS.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test that cannot go on fails the test")]
+
 mod support;
 
 use std::{
@@ -36,6 +38,7 @@ const CONSUMING_AGAIN: Duration = Duration::from_secs(10);
 async fn rabbit() -> (MutexGuard<'static, ()>, &'static Node) {
     static ALONE: Mutex<()> = Mutex::const_new(());
     static NODE: OnceLock<Option<Node>> = OnceLock::new();
+    support::logs();
     let alone = ALONE.lock().await;
     let start = || NODE.get_or_init(|| std::panic::catch_unwind(Node::start).ok()).as_ref();
     let node = tokio::task::spawn_blocking(start).await.unwrap();
@@ -153,28 +156,41 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_broker_is_consumed_from_again_within_ten_seconds_of_its_return() {
+async fn a_broker_that_was_stopped_or_killed_is_consumed_from_again_within_ten_seconds_of_its_return() {
     let (_alone, node) = rabbit().await;
     let settings = BrokerSettings { confirm_timeout: Duration::from_mins(2), ..node.rabbit.settings() };
     let broker = Arc::new(RabbitMq::connect(&settings, "haul test").await.unwrap());
     let place = Place::new("restart");
     let mut consumer = place.consumer(&broker).await;
-    broker.publish(place.outgoing("before")).await.unwrap();
-    let held = next(&mut consumer).await;
-    blocking(|| node.rabbit.kill()).await;
-    eventually("the loss is noticed", async || *consumer.health().borrow() == Health::Down).await;
-    let publishing = tokio::spawn({
-        let (broker, outgoing) = (Arc::clone(&broker), place.outgoing("during"));
-        async move { broker.publish(outgoing).await }
-    });
-    blocking(|| node.rabbit.restart()).await;
-    let back = Instant::now();
-    let mut ids = [id(&next(&mut consumer).await), id(&next(&mut consumer).await)];
-    assert!(back.elapsed() < CONSUMING_AGAIN, "it took {:?}", back.elapsed());
-    ids.sort();
-    assert_eq!(ids, ["before", "during"]);
-    publishing.await.unwrap().unwrap();
-    assert_eq!(held.ack().await, Err(StaleDelivery));
+    // First a stop in order: a queue that is younger than the broker's own tables on disk may not survive a kill.
+    for kill in [false, true] {
+        broker.publish(place.outgoing("before")).await.unwrap();
+        let held = next(&mut consumer).await;
+        let restarting = tokio::task::spawn_blocking(move || {
+            if kill {
+                node.rabbit.kill();
+            }
+            node.rabbit.restart();
+            Instant::now()
+        });
+        eventually("the loss is noticed", async || *consumer.health().borrow() == Health::Down).await;
+        let publishing = tokio::spawn({
+            let (broker, outgoing) = (Arc::clone(&broker), place.outgoing("during"));
+            async move { broker.publish(outgoing).await }
+        });
+        let back = restarting.await.unwrap();
+        let mut ids = Vec::new();
+        for _ in 0..2 {
+            let delivery = next(&mut consumer).await;
+            ids.push(id(&delivery));
+            delivery.ack().await.unwrap();
+        }
+        assert!(back.elapsed() < CONSUMING_AGAIN, "it took {:?}", back.elapsed());
+        ids.sort();
+        assert_eq!(ids, ["before", "during"]);
+        publishing.await.unwrap().unwrap();
+        assert_eq!(held.ack().await, Err(StaleDelivery));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -256,7 +272,7 @@ async fn a_delivery_held_beyond_the_consumer_timeout_comes_again() {
     let mut consumer = place.consumer(&broker).await;
     broker.publish(place.outgoing("slow")).await.unwrap();
     let held = next(&mut consumer).await;
-    let again = tokio::time::timeout(Duration::from_secs(60), consumer.next()).await.unwrap().unwrap();
+    let again = tokio::time::timeout(Duration::from_mins(1), consumer.next()).await.unwrap().unwrap();
     assert_eq!(id(&again), "slow");
     assert!(held.is_stale());
     assert_eq!(held.ack().await, Err(StaleDelivery));

@@ -16,6 +16,12 @@ use std::{
 /// Long enough for a loaded machine; a test that waits this long has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Prints what is logged, as `RUST_LOG` has it; for a test that fails.
+pub(crate) fn logs() {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
+}
+
 /// A prefix for names on the broker that no other test uses.
 pub(crate) fn unique(test: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);

@@ -1,6 +1,6 @@
 //! A broker's address, with its secrets kept apart.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use lapin::uri::{AMQPScheme, AMQPUri};
 use secrecy::{ExposeSecret, SecretString};
@@ -34,6 +34,12 @@ impl Address {
         uri.query.heartbeat.get_or_insert(heartbeat);
         let (port, tls) = (uri.authority.port, uri.scheme == AMQPScheme::AMQPS);
         Ok(Self { host, port, tls, uri })
+    }
+
+    /// How long the broker may be silent: two heartbeats, of each of which it sends two. Nothing where there are none.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        let heartbeat = self.uri.query.heartbeat.filter(|&seconds| seconds > 0)?;
+        Some(Duration::from_secs(u64::from(heartbeat) * 2))
     }
 
     /// The address as lapin gets it: identity and tuning only, since dialling and TLS are ours.

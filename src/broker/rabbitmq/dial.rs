@@ -26,6 +26,7 @@ use rustls::{
 use super::{
     address::Address,
     inbound::{Inbound, ServerProperties},
+    silence::Silence,
 };
 use crate::broker::{BrokerError, settings::BrokerSettings};
 
@@ -84,6 +85,7 @@ impl Target {
                 wire: Wire(Arc::new(WireInner {
                     host: address.host.clone(),
                     port: address.port,
+                    patience: address.patience(),
                     tls: tls.clone().filter(|_| address.tls),
                     tokio: Tokio::current(),
                     seen: ServerProperties::default(),
@@ -221,6 +223,7 @@ pub(super) struct Wire(Arc<WireInner>);
 struct WireInner {
     host: String,
     port: u16,
+    patience: Option<Duration>,
     tls: Option<RustlsConnector>,
     tokio: Tokio,
     seen: ServerProperties,
@@ -232,12 +235,13 @@ impl WireInner {
         for address in tokio::net::lookup_host((self.host.as_str(), self.port)).await? {
             match self.tokio.tcp_connect_addr(address).await {
                 Ok(stream) => {
+                    let silence = Silence::start(CONNECT_TIMEOUT, self.patience);
                     let plain = AsyncTcpStream::Plain(stream);
                     let stream = match &self.tls {
                         Some(connector) => plain.into_rustls(connector, &self.host).await?,
                         None => plain,
                     };
-                    return Ok(Inbound::new(stream, self.seen.clone(), CONNECT_TIMEOUT));
+                    return Ok(Inbound::new(stream, self.seen.clone(), silence));
                 }
                 Err(error) => failure = error,
             }

@@ -10,16 +10,14 @@ use std::{
     io,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll, ready},
-    time::Duration,
+    task::{Context, Poll},
 };
 
 use bytes::{Buf, BytesMut};
 use futures_io::{AsyncRead, AsyncWrite};
 use lapin::types::parsing::parse_field_table;
-use tokio::time::Sleep;
 
-use super::convert;
+use super::{convert, silence::Silence};
 use crate::protocol::wire::Headers;
 
 /// Type, channel and size in front of a payload.
@@ -51,16 +49,16 @@ pub(super) struct Inbound<S> {
     /// Bytes at the front of `raw` that may be read.
     ready: usize,
     seen: ServerProperties,
-    /// Runs until the broker's first frame has come.
-    silence: Option<Pin<Box<Sleep>>>,
+    /// No frame has come yet.
+    fresh: bool,
+    silence: Arc<Silence>,
     ended: bool,
 }
 
 impl<S> Inbound<S> {
-    /// Wraps `stream`, which must bring a first frame within `patience`. Needs a tokio context.
-    pub(super) fn new(stream: S, seen: ServerProperties, patience: Duration) -> Self {
-        let silence = Some(Box::pin(tokio::time::sleep(patience)));
-        Self { stream, raw: BytesMut::new(), ready: 0, seen, silence, ended: false }
+    /// Wraps `stream`, whose words are minded by `silence`.
+    pub(super) fn new(stream: S, seen: ServerProperties, silence: Arc<Silence>) -> Self {
+        Self { stream, raw: BytesMut::new(), ready: 0, seen, fresh: true, silence, ended: false }
     }
 
     /// Releases the whole frames that have come.
@@ -76,7 +74,7 @@ impl<S> Inbound<S> {
             let payload = &mut frame[FRAME_HEAD..FRAME_HEAD + size];
             match kind {
                 CONTENT_HEADER => sanitise(payload),
-                METHOD if self.silence.is_some() => {
+                METHOD if self.fresh => {
                     // connection.start: class 10, method 10, two bytes of version, then the table.
                     if payload.starts_with(&[0, 10, 0, 10])
                         && let Some(Ok((_, table))) = payload.get(6..).map(parse_field_table)
@@ -87,7 +85,7 @@ impl<S> Inbound<S> {
                 }
                 _ => {}
             }
-            self.silence = None;
+            self.fresh = false;
             self.ready = end;
         }
     }
@@ -107,13 +105,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Inbound<S> {
             match Pin::new(&mut this.stream).poll_read(cx, &mut chunk) {
                 Poll::Ready(Ok(0)) => this.ended = true,
                 Poll::Ready(Ok(count)) => {
+                    this.silence.heard();
                     this.raw.extend_from_slice(&chunk[..count]);
                     this.release();
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {
-                    if let Some(silence) = &mut this.silence {
-                        ready!(silence.as_mut().poll(cx));
+                    if this.silence.is_over(cx) {
                         return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the broker says nothing")));
                     }
                     return Poll::Pending;
