@@ -22,7 +22,8 @@ pub(super) struct WorkerArgs {
 }
 
 pub(super) fn run(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
-    config.log.install("info");
+    // The AMQP library writes whole messages into its warnings.
+    config.log.install("info,lapin=error");
     let _ = (config.node()?, args.observe);
     Err(CliError::Refused("the agent is not part of this build".to_owned()))
 }
