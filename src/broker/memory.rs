@@ -130,7 +130,7 @@ impl Shared {
     }
 
     /// Hands ready messages to consumers with room.
-    fn pump(&self, state: &mut State, queues: impl IntoIterator<Item = String>) {
+    fn pump(state: &mut State, queues: impl IntoIterator<Item = String>) {
         for name in queues {
             loop {
                 let number = state.number();
@@ -156,7 +156,7 @@ impl Shared {
                 let Some(shared) = me.upgrade() else { return };
                 let mut state = shared.lock();
                 let (touched, alarms) = state.expire(&queue, Instant::now());
-                shared.pump(&mut state, touched);
+                Self::pump(&mut state, touched);
                 drop(state);
                 shared.set(alarms);
             });
@@ -179,7 +179,7 @@ impl Shared {
                 alarms = more;
             }
         }
-        self.pump(&mut state, touched);
+        Self::pump(&mut state, touched);
         drop(state);
         self.set(alarms);
         Ok(())
@@ -190,7 +190,7 @@ impl Shared {
         if let Some(queue) = state.queues.get_mut(queue) {
             queue.give_back_all(session);
         }
-        self.pump(&mut state, [queue.to_owned()]);
+        Self::pump(&mut state, [queue.to_owned()]);
     }
 
     fn attach(&self, consume: &Consume, inbox: &Arc<Inbox>) -> Result<Arc<Hold>, BrokerError> {
@@ -204,7 +204,7 @@ impl Shared {
         };
         let attached = Attached { hold: Arc::clone(&hold), inbox: Arc::clone(inbox), prefetch: consume.prefetch };
         queue.consumers.push(attached);
-        self.pump(&mut state, [consume.queue.clone()]);
+        Self::pump(&mut state, [consume.queue.clone()]);
         Ok(hold)
     }
 
@@ -219,7 +219,7 @@ impl Shared {
         }
         state.end_sessions();
         let queues: Vec<_> = state.queues.keys().cloned().collect();
-        self.pump(&mut state, queues);
+        Self::pump(&mut state, queues);
         gone
     }
 }
@@ -288,7 +288,7 @@ impl Broker for Memory {
         let mut state = self.0.lock();
         let (verdict, alarms) = state.publish(outgoing, Instant::now());
         let queues: Vec<_> = state.queues.keys().cloned().collect();
-        self.0.pump(&mut state, queues);
+        Shared::pump(&mut state, queues);
         drop(state);
         self.0.set(alarms);
         verdict
@@ -369,5 +369,154 @@ impl Browse for Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         self.hold.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::topology::{Binding, Exchange, ExchangeKind, Queue};
+
+    fn topology() -> Topology {
+        Topology {
+            exchanges: vec![Exchange { name: "in".to_owned(), kind: ExchangeKind::Direct, alternate: None }],
+            queues: vec![Queue { name: "queue".to_owned(), arguments: std::collections::BTreeMap::new() }],
+            bindings: vec![Binding {
+                exchange: "in".to_owned(),
+                queue: "queue".to_owned(),
+                routing_key: "key".to_owned(),
+            }],
+        }
+    }
+
+    async fn declared() -> Memory {
+        let memory = Memory::new();
+        memory.declare(&topology()).await.unwrap();
+        memory
+    }
+
+    fn outgoing(id: &str, priority: Option<u8>) -> Outgoing {
+        let message = Message { message_id: Some(id.to_owned()), priority, ..Message::default() };
+        Outgoing { exchange: "in".to_owned(), routing_key: "key".to_owned(), message, mandatory: true }
+    }
+
+    async fn consumer(memory: &Memory) -> Consumer {
+        let consume = Consume { queue: "queue".to_owned(), tag: "test".to_owned(), prefetch: 10, declare: topology() };
+        memory.consume(consume).await.unwrap()
+    }
+
+    fn ids(memory: &Memory) -> Vec<String> {
+        memory.messages("queue").into_iter().filter_map(|message| message.message_id).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_cut_old_deliveries_are_stale_and_come_again() {
+        let memory = declared().await;
+        memory.publish(outgoing("one", None)).await.unwrap();
+        let mut consumer = consumer(&memory).await;
+        let held = consumer.next().await.unwrap();
+        memory.cut();
+        assert_eq!(held.ack().await, Err(StaleDelivery));
+        let again = consumer.next().await.unwrap();
+        assert!(again.redelivered);
+        again.ack().await.unwrap();
+        assert!(ids(&memory).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deleted_queue_comes_back_with_its_consumer() {
+        let memory = declared().await;
+        let mut consumer = consumer(&memory).await;
+        memory.delete_queue("queue");
+        let mut health = consumer.health();
+        health.wait_for(|health| *health == Health::Down).await.unwrap();
+        health.wait_for(|health| *health == Health::Up).await.unwrap();
+        memory.publish(outgoing("one", None)).await.unwrap();
+        consumer.next().await.unwrap().ack().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_refuses_until_its_limit_is_lifted() {
+        let memory = declared().await;
+        memory.set_limit("queue", 1);
+        memory.publish(outgoing("one", None)).await.unwrap();
+        assert!(matches!(memory.publish(outgoing("two", None)).await, Err(PublishError::Refused { .. })));
+        memory.set_limit("queue", None);
+        memory.publish(outgoing("two", None)).await.unwrap();
+        memory.refuse_publishes(true);
+        assert!(matches!(memory.publish(outgoing("three", None)).await, Err(PublishError::Refused { .. })));
+        assert_eq!(ids(&memory), ["one", "two"]);
+    }
+
+    #[tokio::test]
+    async fn a_lost_confirm_leaves_the_message_there() {
+        let memory = declared().await;
+        memory.lose_confirm_once();
+        assert!(matches!(memory.publish(outgoing("one", None)).await, Err(PublishError::Unconfirmed { .. })));
+        assert_eq!(ids(&memory), ["one"]);
+        memory.publish(outgoing("two", None)).await.unwrap();
+        assert_eq!(memory.published().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn higher_priorities_come_first_and_a_requeued_message_keeps_its_place() {
+        let memory = declared().await;
+        for (id, priority) in [("low", Some(2)), ("first", None), ("second", Some(4)), ("high", Some(7))] {
+            memory.publish(outgoing(id, priority)).await.unwrap();
+        }
+        let mut browse = memory.browse("queue").await.unwrap();
+        for expected in ["high", "first"] {
+            let delivery = browse.next().await.unwrap().unwrap();
+            assert_eq!(delivery.message.message_id.as_deref(), Some(expected));
+            delivery.requeue().await.unwrap();
+            if expected == "high" {
+                browse.next().await.unwrap().unwrap().ack().await.unwrap();
+            }
+        }
+        assert_eq!(ids(&memory), ["first", "second", "low"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_hour_of_waiting_passes_at_once() {
+        let memory = declared().await;
+        let hold = Topology {
+            queues: vec![Queue {
+                name: "hold".to_owned(),
+                arguments: [
+                    ("x-message-ttl".to_owned(), 3_600_000.into()),
+                    ("x-dead-letter-exchange".to_owned(), "in".into()),
+                ]
+                .into(),
+            }],
+            ..Topology::default()
+        };
+        memory.declare(&hold).await.unwrap();
+        let begun = Instant::now();
+        let mut waiting = outgoing("one", None);
+        (waiting.exchange, waiting.routing_key) = (String::new(), "hold".to_owned());
+        memory.publish(waiting).await.unwrap();
+        let mut consumer = consumer(&memory).await;
+        // Its own routing key is not bound there, so nothing comes of the first; the second finds its way.
+        assert!(memory.messages("hold").len() == 1 && ids(&memory).is_empty());
+        tokio::time::sleep(Duration::from_hours(2)).await;
+        assert!(memory.messages("hold").is_empty());
+        memory
+            .declare(&Topology {
+                bindings: vec![Binding {
+                    exchange: "in".to_owned(),
+                    queue: "queue".to_owned(),
+                    routing_key: "hold".to_owned(),
+                }],
+                ..Topology::default()
+            })
+            .await
+            .unwrap();
+        let mut waiting = outgoing("two", None);
+        (waiting.exchange, waiting.routing_key) = (String::new(), "hold".to_owned());
+        memory.publish(waiting).await.unwrap();
+        let delivery = consumer.next().await.unwrap();
+        assert!(begun.elapsed() >= Duration::from_hours(3));
+        assert_eq!((delivery.message.message_id.as_deref(), delivery.routing_key.as_str()), (Some("two"), "hold"));
+        delivery.ack().await.unwrap();
     }
 }

@@ -5,7 +5,6 @@
 //! on their channels.
 
 mod address;
-mod backoff;
 mod browse;
 mod convert;
 mod declare;
@@ -14,6 +13,7 @@ mod inbound;
 mod lane;
 mod link;
 mod session;
+mod waits;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -178,7 +178,8 @@ fn pool(target: &Target) -> deadpool_lapin::Pool {
 
 impl Publisher {
     fn lane(&self, outgoing: &Outgoing) -> &mpsc::Sender<Request> {
-        if outgoing.exchange.ends_with(".dlx") || outgoing.exchange.contains(".retry.") {
+        let mut words = outgoing.exchange.rsplit('.');
+        if words.next() == Some("dlx") || words.next() == Some("retry") {
             return &self.copies;
         }
         let mut hasher = DefaultHasher::new();

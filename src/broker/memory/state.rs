@@ -10,7 +10,10 @@ use tokio::time::Instant;
 
 use super::queue::{Entry, Queue};
 use crate::{
-    broker::{BrokerError, Outgoing, PublishError, Topology, topology::{Binding, Exchange, ExchangeKind, Lifetime}},
+    broker::{
+        BrokerError, Outgoing, PublishError, Topology,
+        topology::{Binding, Exchange, ExchangeKind, Lifetime},
+    },
     protocol::wire::{HeaderValue, Message, header},
 };
 
@@ -155,10 +158,8 @@ impl State {
         let mut message = entry.message;
         note_death(&mut message, queue, &entry.exchange, &entry.routing_key, reason);
         message.expiration_ms = None;
-        let alarms = targets
-            .iter()
-            .filter_map(|target| self.enqueue(target, message.clone(), &exchange, &key, now))
-            .collect();
+        let alarms =
+            targets.iter().filter_map(|target| self.enqueue(target, message.clone(), &exchange, &key, now)).collect();
         (targets, alarms)
     }
 

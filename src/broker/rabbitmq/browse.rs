@@ -9,7 +9,7 @@ use super::{
     convert, declare,
     session::{Hold, Tag},
 };
-use crate::broker::{Browse, BrokerError, Delivery};
+use crate::broker::{BrokerError, Browse, Delivery};
 
 /// A reader with a connection of its own: whatever ends it, the broker gives back what it holds.
 pub(super) struct Reader {

@@ -5,6 +5,7 @@ use lapin::{
     types::{AMQPValue, FieldArray, FieldTable, LongString, ShortString},
 };
 
+use super::inbound::DEEPEST;
 use crate::protocol::wire::{HeaderValue, Headers, Message, truncate};
 
 /// A short string cannot be longer.
@@ -67,10 +68,14 @@ pub(super) fn headers(table: &FieldTable) -> Headers {
 }
 
 /// Headers, or the arguments of a queue, as lapin takes them.
-pub(super) fn table<'a>(headers: impl IntoIterator<Item = (&'a String, &'a HeaderValue)>) -> FieldTable {
+pub(super) fn table(headers: &Headers) -> FieldTable {
+    shallow_table(headers, 0)
+}
+
+fn shallow_table(headers: &Headers, depth: usize) -> FieldTable {
     let mut table = FieldTable::default();
     for (name, value) in headers {
-        if let Some(value) = amqp(value) {
+        if let Some(value) = amqp(value, depth) {
             table.insert(cut(name), value);
         }
     }
@@ -114,16 +119,19 @@ fn value(value: &AMQPValue) -> HeaderValue {
     }
 }
 
-/// What we kept nothing of is not sent.
-fn amqp(value: &HeaderValue) -> Option<AMQPValue> {
+/// What we kept nothing of is not sent, nor what is nested too deep to be written.
+fn amqp(value: &HeaderValue, depth: usize) -> Option<AMQPValue> {
+    if depth > DEEPEST {
+        return None;
+    }
     Some(match value {
         HeaderValue::Bool(value) => AMQPValue::Boolean(*value),
         HeaderValue::Int(value) => AMQPValue::LongLongInt(*value),
         HeaderValue::Text(text) => AMQPValue::LongString(LongString::from(text.as_bytes())),
-        HeaderValue::List(values) => {
-            AMQPValue::FieldArray(FieldArray::from(values.iter().filter_map(amqp).collect::<Vec<_>>()))
-        }
-        HeaderValue::Table(values) => AMQPValue::FieldTable(table(values)),
+        HeaderValue::List(values) => AMQPValue::FieldArray(FieldArray::from(
+            values.iter().filter_map(|value| amqp(value, depth + 1)).collect::<Vec<_>>(),
+        )),
+        HeaderValue::Table(values) => AMQPValue::FieldTable(shallow_table(values, depth + 1)),
         HeaderValue::Other => return None,
     })
 }

@@ -82,8 +82,7 @@ pub(super) async fn missing(line: &Line, topology: &Topology) -> Result<Vec<Stri
 /// Messages and consumers of a queue, if it exists.
 pub(super) async fn depth(line: &Line, queue: &str) -> Result<Option<Depth>, BrokerError> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let ask =
-        async |channel: Channel| channel.queue_declare(convert::cut(queue), options, FieldTable::default()).await;
+    let ask = async |channel: Channel| channel.queue_declare(convert::cut(queue), options, FieldTable::default()).await;
     let found = asked(line, &format!("queue {queue:?}"), ask).await?;
     Ok(found.map(|queue| Depth { messages: queue.message_count(), consumers: queue.consumer_count() }))
 }
@@ -112,7 +111,10 @@ pub(super) fn refused(what: &str, error: &lapin::Error) -> BrokerError {
     let reason = words(error);
     match error.kind() {
         ErrorKind::ProtocolError(_) => BrokerError::Refused { what: what.to_owned(), reason },
-        _ => BrokerError::Unreachable { address: "the broker".to_owned(), reason: format!("{reason}, asking for {what}") },
+        _ => BrokerError::Unreachable {
+            address: "the broker".to_owned(),
+            reason: format!("{reason}, asking for {what}"),
+        },
     }
 }
 

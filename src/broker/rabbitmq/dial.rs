@@ -23,7 +23,10 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
 
-use super::{address::Address, inbound::{Inbound, ServerProperties}};
+use super::{
+    address::Address,
+    inbound::{Inbound, ServerProperties},
+};
 use crate::broker::{BrokerError, settings::BrokerSettings};
 
 /// For name resolution, TCP and TLS together, for each address.
@@ -163,10 +166,9 @@ pub(super) fn words(error: &lapin::Error) -> String {
 pub(super) fn is_refusal(error: &lapin::Error) -> bool {
     let ErrorKind::ProtocolError(error) = error.kind() else { return false };
     match error.kind() {
-        AMQPErrorKind::Soft(soft) => matches!(
-            soft,
-            AMQPSoftError::ACCESSREFUSED | AMQPSoftError::NOTFOUND | AMQPSoftError::PRECONDITIONFAILED
-        ),
+        AMQPErrorKind::Soft(soft) => {
+            matches!(soft, AMQPSoftError::ACCESSREFUSED | AMQPSoftError::NOTFOUND | AMQPSoftError::PRECONDITIONFAILED)
+        }
         AMQPErrorKind::Hard(hard) => matches!(hard, AMQPHardError::NOTALLOWED | AMQPHardError::NOTIMPLEMENTED),
     }
 }
@@ -269,10 +271,7 @@ impl Reactor for Wire {
         self.0.tokio.interval(duration)
     }
 
-    fn tcp_connect_addr(
-        &self,
-        _: SocketAddr,
-    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+    fn tcp_connect_addr(&self, _: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let inner = Arc::clone(&self.0);
         async move {
             tokio::time::timeout(DIAL_TIMEOUT, inner.dial())

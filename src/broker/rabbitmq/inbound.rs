@@ -31,7 +31,7 @@ const LARGEST_FRAME: usize = 64 * 1024 * 1024;
 const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 /// Tables and arrays inside each other; the console and our own headers need two.
-const DEEPEST: usize = 8;
+pub(super) const DEEPEST: usize = 8;
 
 /// What the broker tells of itself as a connection begins.
 #[derive(Clone, Default)]

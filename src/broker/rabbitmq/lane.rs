@@ -21,10 +21,10 @@ use tokio::{
 };
 
 use super::{
-    backoff::Waits,
     convert,
     dial::words,
     link::{self, Line, State},
+    waits::Waits,
 };
 use crate::broker::{Outgoing, PublishError};
 
@@ -46,10 +46,10 @@ impl Request {
 
     /// Whether a returned message is this one.
     fn is(&self, returned: &BasicReturnMessage) -> bool {
-        let id = returned.properties.message_id().as_ref().map(lapin::types::ShortString::as_str);
+        let id = returned.properties.message_id();
         self.outgoing.exchange == returned.exchange.as_str()
             && self.outgoing.routing_key == returned.routing_key.as_str()
-            && self.outgoing.message.message_id.as_deref().map(convert::cut).as_ref().map(|id| id.as_str()) == id
+            && self.outgoing.message.message_id.as_deref().map(convert::cut) == *id
     }
 
     /// Whether returns could not tell the two apart.

@@ -8,8 +8,8 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    backoff::Waits,
     dial::{DialError, Target, words},
+    waits::Waits,
 };
 use crate::broker::Health;
 

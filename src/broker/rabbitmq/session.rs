@@ -22,10 +22,10 @@ use lapin::{
 use tokio::sync::{oneshot, watch};
 
 use super::{
-    backoff::Waits,
     convert, declare,
     dial::{is_refusal, words},
     link::{Line, State},
+    waits::Waits,
 };
 use crate::broker::{BrokerError, Consume, Delivery, Health, Inbox, Settle, Settlement, StaleDelivery, inbox::stopped};
 
@@ -145,7 +145,7 @@ impl Sessions {
             let line = tokio::select! {
                 biased;
                 () = stopped(&mut self.stop) => break,
-                line = Self::line(&mut self.link, &mut tell) => line,
+                up = Self::line(&mut self.link, &mut tell) => up,
             };
             let Some(line) = line else { break };
             number += 1;
@@ -193,7 +193,7 @@ impl Sessions {
         loop {
             let state = link.borrow_and_update().clone();
             match state {
-                State::Up(line) => return Some(line),
+                State::Up(up) => return Some(up),
                 State::Closed => return None,
                 State::Failed(error) if error.refused => {
                     if tell(Err(error.into())) {

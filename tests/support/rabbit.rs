@@ -1,0 +1,106 @@
+//! A private RabbitMQ for a test binary, by `scripts/rabbitmq`.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use haul::broker::{rabbitmq::RabbitMq, settings::BrokerSettings};
+use secrecy::SecretString;
+
+/// A running node; it ends when dropped, and in any case with this process.
+pub(crate) struct Rabbit {
+    directory: PathBuf,
+    /// Its plain address.
+    pub(crate) url: String,
+    /// The address of its management API.
+    pub(crate) management_url: String,
+}
+
+impl Rabbit {
+    /// The node that all tests of this binary share.
+    pub(crate) fn shared() -> &'static Self {
+        static SHARED: OnceLock<Option<Rabbit>> = OnceLock::new();
+        let shared = SHARED.get_or_init(|| std::panic::catch_unwind(|| Self::start(&[])).ok());
+        shared.as_ref().expect("the node started; the first test that wanted it says why not")
+    }
+
+    /// A node of one's own, of the version under test, with these lines of configuration.
+    ///
+    /// # Panics
+    /// If it cannot be started: a test that needs the broker fails without it.
+    pub(crate) fn start(configuration: &[&str]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rabbit-{}-{count}", std::process::id()));
+        let version = std::env::var("HAUL_TEST_BROKER").unwrap_or_else(|_| "3.10".to_owned());
+        let mut command = script("start", &directory);
+        command.args(["--version", &version, "--owner", &std::process::id().to_string()]);
+        for line in configuration {
+            command.args(["--conf", line]);
+        }
+        run(command);
+        let env = std::fs::read_to_string(directory.join("env")).expect("the script wrote what it started");
+        let value = |name: &str| {
+            let line = env.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            line.unwrap_or_else(|| panic!("{name} is missing in {env}")).to_owned()
+        };
+        Self { url: value("AMQP_URL"), management_url: value("MANAGEMENT_URL"), directory }
+    }
+
+    /// Ends the node as a power cut would.
+    pub(crate) fn kill(&self) {
+        run(script("kill", &self.directory));
+    }
+
+    /// Starts it again on the same data and ports, stopping it first if it runs.
+    pub(crate) fn restart(&self) {
+        run(script("restart", &self.directory));
+    }
+
+    /// `rabbitmqctl`; what it prints.
+    pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
+        let mut command = script("ctl", &self.directory);
+        command.args(arguments);
+        String::from_utf8_lossy(&run(command).stdout).into_owned()
+    }
+
+    /// Settings for it.
+    pub(crate) fn settings(&self) -> BrokerSettings {
+        BrokerSettings {
+            urls: vec![SecretString::from(self.url.clone())],
+            confirm_timeout: Duration::from_secs(15),
+            ..BrokerSettings::default()
+        }
+    }
+
+    /// A client of it.
+    pub(crate) async fn client(&self) -> RabbitMq {
+        RabbitMq::connect(&self.settings(), "haul test").await.expect("the settings are right")
+    }
+}
+
+impl Drop for Rabbit {
+    fn drop(&mut self) {
+        let _ = script("stop", &self.directory).arg("--now").output();
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn script(verb: &str, directory: &Path) -> Command {
+    let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/rabbitmq"));
+    command.arg(verb).arg(directory);
+    command
+}
+
+fn run(mut command: Command) -> Output {
+    let output = command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?} failed: {said}");
+    output
+}
