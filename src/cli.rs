@@ -7,15 +7,12 @@
 pub mod asyncapi;
 mod completions;
 mod control;
-mod dead;
 mod error;
 mod events;
 mod follow;
 mod output;
 pub mod schema;
 mod submit;
-mod table;
-mod topology;
 mod wait;
 mod words;
 mod worker;
@@ -34,6 +31,10 @@ use crate::{
 const EXIT_CODES: &str = "\
 Exit codes: 0 all went well, 1 failed, 2 command line or configuration cannot be used, 3 broker unreachable,
 4 the task did not succeed or no node takes it, 5 the storage directory is in use, 6 timed out, 130 interrupted.";
+
+/// What a command logs by default. The AMQP library writes whole messages into its warnings; what matters of them is
+/// said by ourselves.
+const CLIENT_FILTER: &str = "warn,lapin=off";
 
 /// Puts git projects on the nodes of a fleet and keeps them there.
 ///
@@ -75,12 +76,6 @@ enum Command {
     Inspect(control::NodeArgs),
     /// Follow the events of the fleet
     Events(events::EventsArgs),
-    /// Look after dead letters: list, show, replay, drop
-    #[command(subcommand)]
-    Dead(dead::DeadCommand),
-    /// What the broker should have and has: plan, apply, doctor
-    #[command(subcommand)]
-    Topology(topology::TopologyCommand),
     /// Print the schemas of the messages
     Schema(schema::SchemaArgs),
     /// Print a completion script for a shell
@@ -104,38 +99,44 @@ fn run(cli: Cli) -> Result<u8, CliError> {
     let load = || -> Result<Config, CliError> { Ok(Config::load(cli.common.config.as_deref())?) };
     match cli.command {
         Command::Worker(args) => worker::run(load()?, args),
-        Command::Submit(command) => client(load()?, |config| submit::run(config, *command)),
-        Command::Cancel(args) => client(load()?, |config| control::cancel(config, args)),
-        Command::Pause(args) => client(load()?, |config| control::pause(config, args)),
-        Command::Resume(args) => client(load()?, |config| control::resume(config, args)),
-        Command::Drain(args) => client(load()?, |config| control::drain(config, args)),
-        Command::Inspect(args) => client(load()?, |config| control::inspect(config, args)),
-        Command::Events(args) => client(load()?, |config| events::run(config, args)),
-        Command::Dead(command) => dead::run(load()?, command),
-        Command::Topology(command) => client(load()?, |config| topology::run(config, command)),
+        Command::Submit(command) => Ok(done(client(load()?, |config| submit::run(config, *command))?)),
+        Command::Cancel(args) => Ok(done(client(load()?, |config| control::cancel(config, args))?)),
+        Command::Pause(args) => Ok(done(client(load()?, |config| control::pause(config, args))?)),
+        Command::Resume(args) => Ok(done(client(load()?, |config| control::resume(config, args))?)),
+        Command::Drain(args) => Ok(done(client(load()?, |config| control::drain(config, args))?)),
+        Command::Inspect(args) => Ok(done(client(load()?, |config| control::inspect(config, args))?)),
+        // Ctrl-C is how following ends.
+        Command::Events(args) => Ok(client(load()?, |config| events::run(config, args))?.unwrap_or(exit::OK)),
         Command::Schema(args) => schema::run(&args),
         Command::Completions(args) => completions::run(&args),
     }
 }
 
-/// Runs a command that talks to the broker and ends: one thread, warnings only, gone at the first signal.
-fn client<F>(config: Config, command: impl FnOnce(Config) -> F) -> Result<u8, CliError>
+/// Runs a command that talks to the broker and ends: one thread, warnings only. `None` if a signal came first.
+fn client<F>(config: Config, command: impl FnOnce(Config) -> F) -> Result<Option<u8>, CliError>
 where
     F: Future<Output = Result<u8, CliError>>,
 {
-    // What lapin calls an error (a question for a queue that does not exist) is an answer to us.
-    config.log.install("warn,lapin=off");
+    config.log.install(CLIENT_FILTER);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
     let command = command(config);
     let code = runtime.block_on(async {
         tokio::select! {
-            code = command => code,
-            () = interrupted() => Ok(exit::INTERRUPTED),
+            code = command => code.map(Some),
+            () = interrupted() => Ok(None),
         }
     });
     // A thread that resolves a name or reads a file may hang; nobody waits for it.
     runtime.shutdown_background();
     code
+}
+
+/// The code of a command that a signal may have cut short.
+fn done(code: Option<u8>) -> u8 {
+    code.unwrap_or_else(|| {
+        output::note("interrupted; what was published goes on: haul events shows it, haul cancel ends it");
+        exit::INTERRUPTED
+    })
 }
 
 /// Ends at `SIGINT` or `SIGTERM`.

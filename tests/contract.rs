@@ -151,9 +151,13 @@ fn every_valid_example_is_taken_by_its_schema_and_by_the_program() {
         assert!(errors.is_empty(), "{name}: {errors:?}");
         match kind {
             "task" => {
-                drop(decode_task(&message(&body)).unwrap_or_else(|refused| panic!("{name}: {}", refused.failure)))
+                let refused = decode_task(&message(&body)).err();
+                assert_eq!(refused, None, "{name}");
             }
-            "control" => drop(decode_control(&message(&body)).unwrap_or_else(|failure| panic!("{name}: {failure}"))),
+            "control" => {
+                let refused = decode_control(&message(&body)).err();
+                assert_eq!(refused, None, "{name}");
+            }
             "event" => round_trip::<Event>(&name, &value),
             _ => round_trip::<ControlAnswer>(&name, &value),
         }

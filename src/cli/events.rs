@@ -12,7 +12,6 @@ use super::{
 use crate::{
     config::Config,
     protocol::{NodeName, TaskId},
-    shutdown::exit,
 };
 
 const EXAMPLES: &str = "\
@@ -50,17 +49,10 @@ pub(super) async fn run(config: Config, args: EventsArgs) -> Result<u8, CliError
     if !args.json {
         output::note("following events; Ctrl-C ends");
     }
-    loop {
-        tokio::select! {
-            news = following.next() => match news {
-                Some(news) => args.print(&news)?,
-                None => return Err(CliError::Refused("the subscription was ended by the broker; start again".to_owned())),
-            },
-            () = super::interrupted() => break,
-        }
+    while let Some(news) = following.next().await {
+        args.print(&news)?;
     }
-    broker.close().await;
-    Ok(exit::OK)
+    Err(CliError::Refused("the subscription was ended by the broker; start again".to_owned()))
 }
 
 impl EventsArgs {

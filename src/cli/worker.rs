@@ -62,7 +62,8 @@ impl Observe for KilledAt {
 }
 
 pub(super) fn run(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
-    config.log.install("info");
+    // The AMQP library writes whole messages into its warnings.
+    config.log.install("info,lapin=error");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
         .enable_all()
