@@ -2,8 +2,8 @@
 //!
 //! The face speaks our own words; `lapin` is written only below this module.
 
-mod inbox;
 pub mod address;
+mod inbox;
 pub mod management;
 pub mod memory;
 pub mod rabbitmq;

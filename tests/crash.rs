@@ -7,10 +7,7 @@ mod support;
 
 use std::os::unix::process::ExitStatusExt as _;
 
-use haul::{
-    protocol::Status,
-    worker::Step,
-};
+use haul::{protocol::Status, worker::Step};
 use serde_json::Value;
 use support::{
     agent::{Agent, visible_projects},

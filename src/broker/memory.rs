@@ -375,12 +375,16 @@ impl Drop for Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::topology::{Binding, Exchange, ExchangeKind, Queue};
+    use crate::broker::topology::{Binding, Exchange, ExchangeKind, Lifetime, Queue};
 
     fn topology() -> Topology {
         Topology {
             exchanges: vec![Exchange { name: "in".to_owned(), kind: ExchangeKind::Direct, alternate: None }],
-            queues: vec![Queue { name: "queue".to_owned(), arguments: std::collections::BTreeMap::new() }],
+            queues: vec![Queue {
+                name: "queue".to_owned(),
+                arguments: std::collections::BTreeMap::new(),
+                lifetime: Lifetime::Durable,
+            }],
             bindings: vec![Binding {
                 exchange: "in".to_owned(),
                 queue: "queue".to_owned(),
@@ -487,6 +491,7 @@ mod tests {
                     ("x-dead-letter-exchange".to_owned(), "in".into()),
                 ]
                 .into(),
+                lifetime: Lifetime::Durable,
             }],
             ..Topology::default()
         };

@@ -236,27 +236,30 @@ impl Agent {
     /// Waits until the node's queue is empty and consumed.
     pub async fn consuming(&self) {
         let queue = self.names.node(&self.node);
-        self.until_async("the node's queue to be consumed", async || {
-            matches!(self.master.depth(&queue).await, Ok(Some(depth)) if depth.consumers > 0)
-        })
+        self.until_async(
+            "the node's queue to be consumed",
+            async || matches!(self.master.depth(&queue).await, Ok(Some(depth)) if depth.consumers > 0),
+        )
         .await;
     }
 
     /// Waits until nothing is ready in the node's queue.
     pub async fn drained(&self) {
         let queue = self.names.node(&self.node);
-        self.until_async("the node's queue to be drained", async || {
-            matches!(self.master.depth(&queue).await, Ok(Some(depth)) if depth.messages == 0)
-        })
+        self.until_async(
+            "the node's queue to be drained",
+            async || matches!(self.master.depth(&queue).await, Ok(Some(depth)) if depth.messages == 0),
+        )
         .await;
     }
 
     /// Waits until this many dead letters are there.
     pub async fn dead_letters(&self, count: u32) {
         let queue = self.names.dead();
-        self.until_async("the dead letters", async || {
-            matches!(self.master.depth(&queue).await, Ok(Some(depth)) if depth.messages == count)
-        })
+        self.until_async(
+            "the dead letters",
+            async || matches!(self.master.depth(&queue).await, Ok(Some(depth)) if depth.messages == count),
+        )
         .await;
     }
 

@@ -11,7 +11,10 @@ use lapin::{
 
 use super::{convert, dial::words, link::Line};
 use crate::{
-    broker::{BrokerError, Depth, Topology, topology::{ExchangeKind, Lifetime}},
+    broker::{
+        BrokerError, Depth, Topology,
+        topology::{ExchangeKind, Lifetime},
+    },
     protocol::wire::Headers,
 };
 
