@@ -54,19 +54,21 @@ struct Node {
 
 impl Node {
     fn start() -> Self {
-        let certificates = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("certificates-{}", std::process::id()));
+        let directory = Rabbit::directory();
+        let certificates = directory.join("certificates");
         make_certificates(&certificates);
         let tls_port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let file = |name: &str| certificates.join(name).display().to_string();
-        let rabbit = Rabbit::start(&[
-            &format!("listeners.ssl.default = 127.0.0.1:{tls_port}"),
-            &format!("ssl_options.cacertfile = {}", file("ca.pem")),
-            &format!("ssl_options.certfile = {}", file("server.pem")),
-            &format!("ssl_options.keyfile = {}", file("server.key")),
-            "ssl_options.verify = verify_peer",
-            "ssl_options.fail_if_no_peer_cert = true",
-            "consumer_timeout = 10000",
-        ]);
+        let configuration = [
+            format!("listeners.ssl.default = 127.0.0.1:{tls_port}"),
+            format!("ssl_options.cacertfile = {}", file("ca.pem")),
+            format!("ssl_options.certfile = {}", file("server.pem")),
+            format!("ssl_options.keyfile = {}", file("server.key")),
+            "ssl_options.verify = verify_peer".to_owned(),
+            "ssl_options.fail_if_no_peer_cert = true".to_owned(),
+            "consumer_timeout = 10000".to_owned(),
+        ];
+        let rabbit = Rabbit::start_in(directory, &configuration.each_ref().map(String::as_str));
         Self { rabbit, certificates, tls_port }
     }
 

@@ -35,9 +35,18 @@ impl Rabbit {
     /// # Panics
     /// If it cannot be started: a test that needs the broker fails without it.
     pub(crate) fn start(configuration: &[&str]) -> Self {
+        Self::start_in(Self::directory(), configuration)
+    }
+
+    /// A directory for a node; files for it must lie there, since it may see nothing else.
+    pub(crate) fn directory() -> PathBuf {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rabbit-{}-{count}", std::process::id()));
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rabbit-{}-{count}", std::process::id()))
+    }
+
+    /// A node in a directory of [`Rabbit::directory`].
+    pub(crate) fn start_in(directory: PathBuf, configuration: &[&str]) -> Self {
         let version = std::env::var("HAUL_TEST_BROKER").unwrap_or_else(|_| "3.10".to_owned());
         let mut command = script("start", &directory);
         command.args(["--version", &version, "--owner", &std::process::id().to_string()]);
