@@ -20,7 +20,7 @@ use haul::{
         Broker, BrokerError, Consume, Consumer, Delivery, Health, Outgoing, StaleDelivery, Topology,
         rabbitmq::RabbitMq,
         settings::BrokerSettings,
-        topology::{Binding, Exchange, ExchangeKind, Queue},
+        topology::{Binding, Exchange, ExchangeKind, Lifetime, Queue},
     },
     protocol::wire::{HeaderValue, Message},
 };

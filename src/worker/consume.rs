@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::{Worker, WorkerError};
 use crate::{
-    broker::{Consume, Consumer, Health, Topology},
+    broker::{BrokerError, Consume, Consumer, Health, Topology},
     journal::Key,
 };
 
@@ -61,7 +61,10 @@ impl Worker {
     /// # Errors
     /// When it could not begin: the queue is taken, the broker refuses, the journal cannot be read.
     pub async fn run(self: Arc<Self>) -> Result<(), WorkerError> {
-        self.prepare().await?;
+        self.prepared().await?;
+        if self.soft.is_cancelled() {
+            return Ok(());
+        }
         let control = tokio::spawn(self.clone().control());
         let upkeep = tokio::spawn(self.clone().upkeep());
         let result = self.take_messages().await;
@@ -75,6 +78,22 @@ impl Worker {
     #[must_use]
     pub fn readiness(&self) -> watch::Receiver<Readiness> {
         self.readiness.subscribe()
+    }
+
+    /// Prepares, however long the broker is away; a refusal is an error.
+    async fn prepared(self: &Arc<Self>) -> Result<(), WorkerError> {
+        loop {
+            match self.prepare().await {
+                Err(WorkerError::Broker(error @ BrokerError::Unreachable { .. })) => {
+                    tracing::warn!(error = %error, "waiting for the broker");
+                    tokio::select! {
+                        () = tokio::time::sleep(PROBE_INTERVAL) => {}
+                        () = self.soft.cancelled() => return Ok(()),
+                    }
+                }
+                prepared => return prepared,
+            }
+        }
     }
 
     /// Everything before the first message.
