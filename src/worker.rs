@@ -152,7 +152,8 @@ impl Worker {
             reporter,
             active: Active::default(),
             soft,
-            hard,
+            // A token of our own below it: that we are done must not read as an order to stop.
+            hard: hard.child_token(),
             handling: TaskTracker::new(),
             background,
             owing: AtomicUsize::new(0),

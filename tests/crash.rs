@@ -34,6 +34,7 @@ async fn one_end(agent: &mut Agent, id: &str, expected: Status) {
     agent.start(&[]);
     let end = agent.end(id, 0).await;
     assert_eq!(end.status, expected, "{end:?}");
+    agent.ready().await;
     agent.drained().await;
     agent.signal(rustix::process::Signal::TERM);
     assert!(agent.ended().await.success(), "{}", agent.log());

@@ -64,11 +64,12 @@ impl CliError {
     pub(super) fn code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Usage(_) | Self::Broker(BrokerError::Settings(_)) => exit::USAGE,
-            Self::Broker(_) | Self::Publish(_) => exit::BROKER,
             Self::NotEnrolled { .. } | Self::Refused(_) => exit::TASK,
             Self::TimedOut(_) => exit::TIMED_OUT,
             Self::Lock(LockError::Held { .. }) => exit::LOCKED,
-            Self::Worker(WorkerError::Broker(_) | WorkerError::Topology { .. }) => exit::BROKER,
+            Self::Broker(_)
+            | Self::Publish(_)
+            | Self::Worker(WorkerError::Broker(_) | WorkerError::Topology { .. }) => exit::BROKER,
             Self::Output { .. } | Self::Runtime(_) | Self::Lock(_) | Self::Journal(_) | Self::Worker(_) => exit::FAILED,
         }
     }

@@ -140,6 +140,6 @@ mod tests {
     #[test]
     fn the_timeout_leaves_room_after_the_longest_deadline() {
         assert_eq!(needed_timeout(LONGEST), Duration::from_mins(30));
-        assert_eq!(needed_timeout(Duration::from_mins(60)), Duration::from_mins(65));
+        assert_eq!(needed_timeout(Duration::from_hours(1)), Duration::from_mins(65));
     }
 }

@@ -170,11 +170,9 @@ impl Worker {
             let mut consumer = self.broker.consume(consume).await?;
             tracing::info!(prefetch, "consuming");
             let ended = self.take_until(&mut consumer).await;
+            // What was not handed out goes back by this; what is in hand can still be settled.
             consumer.stop();
-            while let Some(delivery) = consumer.next().await {
-                // Not ours any longer; a delivery whose channel is gone goes back by itself.
-                let _ = delivery.requeue().await;
-            }
+            drop(consumer);
             self.readiness.send_modify(|readiness| readiness.consuming = false);
             tracing::info!(reason = ?ended, "not consuming");
             if ended == Ended::CautionOver {

@@ -22,7 +22,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{rabbit::Rabbit, repository::Repository};
 
 /// How long anything may take on a slow machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// One node: its storage, its settings, and the process while it runs.
 pub struct Agent {
@@ -35,6 +35,7 @@ pub struct Agent {
     node: NodeName,
     environment: Vec<(String, String)>,
     process: Option<Child>,
+    begun_at: usize,
     log: PathBuf,
     seen: Arc<Mutex<Seen>>,
     news: watch::Sender<u64>,
@@ -78,6 +79,7 @@ impl Agent {
             node: NodeName::new("n1").unwrap(),
             environment: environment.map(|(name, value)| (name.to_owned(), value)).into(),
             process: None,
+            begun_at: 0,
             log: storage.path().join("agent.log"),
             storage,
             seen,
@@ -105,10 +107,19 @@ impl Agent {
 
     /// Starts the process.
     pub fn start(&mut self, arguments: &[&str]) {
+        self.begun_at = self.log().len();
         let log = File::options().create(true).append(true).open(&self.log).unwrap();
         let mut command = self.command(&["worker"]);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.process = Some(command.spawn().unwrap());
+    }
+
+    /// Waits until the process that was started last says that it is ready.
+    pub async fn ready(&self) {
+        self.until_async("the agent to be ready", async || {
+            self.log()[self.begun_at..].contains(r#""message":"readiness","ready":true"#)
+        })
+        .await;
     }
 
     /// The process's number.
@@ -294,10 +305,10 @@ impl Agent {
                 news.changed().await.unwrap();
             }
         };
-        match tokio::time::timeout(PATIENCE, search).await {
-            Ok(found) => found,
-            Err(_) => panic!("waited for {what}; seen: {:#?}\nthe agent's log:\n{}", self.all_events(), self.log()),
-        }
+        let Ok(found) = tokio::time::timeout(PATIENCE, search).await else {
+            panic!("waited for {what}; seen: {:#?}\nthe agent's log:\n{}", self.all_events(), self.log());
+        };
+        found
     }
 
     /// A clone task of `upstream` into `target`.

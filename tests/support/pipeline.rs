@@ -37,7 +37,7 @@ pub const WINDOW: u16 = 16;
 /// Tasks executing at a time.
 const SLOTS: usize = 2;
 /// Virtual time that anything may take; far above every wait of the worker.
-const PATIENCE: Duration = Duration::from_secs(3 * 24 * 60 * 60);
+const PATIENCE: Duration = Duration::from_hours(72);
 
 /// What an execution does.
 #[derive(Clone, Copy, Debug)]
@@ -89,8 +89,8 @@ impl Execute for Obedient {
     }
 
     fn limits(&self, task: &Task) -> Limits {
-        let timeout = task.timeout.unwrap_or(Duration::from_secs(1500));
-        Limits { timeout, stall: Duration::from_secs(60) }
+        let timeout = task.timeout.unwrap_or(Duration::from_mins(25));
+        Limits { timeout, stall: Duration::from_mins(1) }
     }
 
     async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure> {
@@ -232,8 +232,8 @@ impl Pipeline {
                 window: WINDOW,
                 retry: self.retry.clone(),
                 results_queue: Names::default().master_event(),
-                retention: Duration::from_secs(14 * 24 * 60 * 60),
-                longest_wait: Duration::from_secs(240),
+                retention: Duration::from_hours(336),
+                longest_wait: Duration::from_mins(4),
                 ghost_limit: Duration::from_secs(12),
                 force: false,
             },
@@ -464,7 +464,7 @@ impl Pipeline {
     }
 
     /// Messages in a queue, ready or in hand.
-    pub async fn depth(&self, queue: &str) -> usize {
+    pub fn depth(&self, queue: &str) -> usize {
         self.broker.messages(queue).len()
     }
 
@@ -474,8 +474,8 @@ impl Pipeline {
     }
 
     /// Dead letters.
-    pub async fn dead_letters(&self) -> usize {
-        self.depth("haul.dead").await
+    pub fn dead_letters(&self) -> usize {
+        self.depth("haul.dead")
     }
 
     /// Waits for a dead letter.
@@ -500,14 +500,12 @@ impl Pipeline {
                 }
                 // News of the master, or some virtual time for what is seen elsewhere.
                 if tokio::time::timeout(pause, news.changed()).await.is_err() {
-                    pause = (pause * 2).min(Duration::from_secs(60));
+                    pause = (pause * 2).min(Duration::from_mins(1));
                 }
             }
         };
-        match tokio::time::timeout(PATIENCE, search).await {
-            Ok(found) => found,
-            Err(_) => panic!("waited for {what}"),
-        }
+        let Ok(found) = tokio::time::timeout(PATIENCE, search).await else { panic!("waited for {what}") };
+        found
     }
 }
 
