@@ -439,6 +439,72 @@ async fn a_lost_connection_loses_nothing_and_runs_nothing_twice_at_once() {
     assert!(!pipeline.overlapped());
 }
 
+/// Crashes, lost connections, duplicates, cancels and failures of every kind, in an order that the seed decides.
+#[tokio::test(start_paused = true)]
+async fn every_accepted_task_reaches_exactly_one_terminal_state_a_round() {
+    for seed in 1..=12_u64 {
+        let mut chance = Chance(seed);
+        let mut pipeline = Pipeline::start().await;
+        let mut tasks = Vec::new();
+        for number in 0..60_i64 {
+            let id = format!("s{seed}-{number}");
+            let project = i64::try_from(chance.below(6)).unwrap();
+            let body = match chance.below(4) {
+                0 => task(&id, Kind::Pull, project),
+                1 => task(&id, Kind::Delete, project),
+                2 => task(&id, Kind::Status, project),
+                _ => clone_task(&id, project),
+            };
+            let script = [
+                Script::Succeed,
+                Script::Take(Duration::from_millis(700)),
+                Script::Take(Duration::from_secs(20)),
+                Script::Fail(ErrorClass::Network),
+                Script::Fail(ErrorClass::Auth),
+                Script::Fail(ErrorClass::Disk),
+                Script::Fail(ErrorClass::Conflict),
+            ];
+            for _ in 0..chance.below(3) {
+                pipeline.script(&id, [script[chance.below(script.len())]]);
+            }
+            pipeline.publish(&body).await;
+            match chance.below(12) {
+                0 => pipeline.broker.cut(),
+                1 => {
+                    pipeline.crash().await;
+                    pipeline.restart().await;
+                }
+                2 => pipeline.publish(&body).await,
+                3 => pipeline.control(json!({"v": 1, "command": "cancel", "task_id": id})).await,
+                4 => pipeline.broker.lose_confirm_once(),
+                5 => tokio::time::sleep(Duration::from_secs(3)).await,
+                _ => {}
+            }
+            tasks.push(id);
+        }
+        for id in &tasks {
+            let ends = pipeline.ended_somehow(id).await;
+            assert!(ends.iter().all(|event| event.event_id == ends[0].event_id), "seed {seed}: {ends:#?}");
+        }
+        pipeline.drained().await;
+        assert!(!pipeline.overlapped(), "seed {seed}: two tasks of one project ran at once");
+        let failed = tasks.iter().filter(|id| pipeline.must_be_dead_lettered(id)).count();
+        assert_eq!(pipeline.distinct_dead_letters(), failed, "seed {seed}");
+    }
+}
+
+/// Numbers that only the seed decides (xorshift64).
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % limit as u64).unwrap()
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_full_dead_letter_queue_holds_back_half_a_window_and_no_more() {
     let pipeline = Pipeline::start().await;

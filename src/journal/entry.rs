@@ -210,14 +210,13 @@ impl Page {
         }
     }
 
-    /// Notes that a copy asking for `attempt` is held in a retry queue until `until`.
-    pub fn release(&mut self, round: Round, attempt: u32, until: Timestamp) {
-        if let Some(entry) = self.round_mut(round)
-            && entry.is_open()
-        {
-            entry.released = entry.released.max(attempt);
-            entry.phase = Phase::Released { until };
-        }
+    /// Notes that a copy asking for `attempt` is held in a retry queue until `until`. Returns the entry where a cancel
+    /// came meanwhile: whoever holds it must end it, the copy is answered on its return.
+    pub fn release(&mut self, round: Round, attempt: u32, until: Timestamp) -> Option<Entry> {
+        let entry = self.round_mut(round).filter(|entry| entry.is_open())?;
+        entry.released = entry.released.max(attempt);
+        entry.phase = Phase::Released { until };
+        entry.cancelled.then(|| entry.clone())
     }
 
     /// Ends a round. The first end wins: settling again returns what was recorded.

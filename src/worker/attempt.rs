@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// How long a task that goes round uncharged stays away.
-const ROUND_TRIP: Duration = Duration::from_secs(1);
+const ROUND_TRIP: Duration = Duration::from_secs(5);
 /// How long a task that waits for its project's clone stays away.
 const BEHIND_A_CLONE: Duration = Duration::from_secs(5);
 /// At most one progress event of a task in this time.

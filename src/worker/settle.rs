@@ -157,7 +157,7 @@ impl Worker {
     }
 
     /// Publishes the copy that asks for another attempt, then notes it.
-    pub(super) async fn release(&self, arrival: &Arrival, again: Again) -> Result<(), Interrupted> {
+    pub(super) async fn release(self: &Arc<Self>, arrival: &Arrival, again: Again) -> Result<(), Interrupted> {
         let next = NextAttempt {
             attempt: again.attempt,
             place: again.ticket.place,
@@ -175,12 +175,15 @@ impl Worker {
         self.deliver(Envelope { exchange, routing_key: self.settings.node.to_string(), message }, false).await?;
         self.observer.reached(Step::CopyConfirmed, Some(&arrival.key.task_id));
         let (round, attempt) = (arrival.key.round, again.attempt);
-        let noted = self.journal.step(&arrival.key.task_id, self.clock.now(), move |step| {
-            step.page.release(round, attempt, due);
-        });
-        noted.await?;
+        let noted = self
+            .journal
+            .step(&arrival.key.task_id, self.clock.now(), move |step| step.page.release(round, attempt, due));
+        let cancelled = noted.await?;
         self.observer.reached(Step::CopyNoted, Some(&arrival.key.task_id));
-        Ok(())
+        match cancelled {
+            Some(entry) => self.settle_unheld(arrival.key.task_id.clone(), entry, Outcome::Cancelled).await,
+            None => Ok(()),
+        }
     }
 
     /// Publishes a task that belongs to another node into that node's queue; a node that is not enrolled makes it a
