@@ -285,6 +285,21 @@ async fn what_is_deferred_for_longer_than_allowed_fails() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_executor_that_panics_or_never_ends_is_a_fault_of_ours_and_tried_again() {
+    let pipeline = Pipeline::start().await;
+    pipeline.script("panics", [Script::Panic]);
+    pipeline.publish(&clone_task("panics", 1)).await;
+    assert_eq!(pipeline.ends("panics", Status::Succeeded).await.attempt, 2);
+    pipeline.script("stuck", [Script::Stuck]);
+    let mut stuck = clone_task("stuck", 2);
+    stuck["timeout_secs"] = 10.into();
+    pipeline.publish(&stuck).await;
+    let retrying = pipeline.saw("stuck", Status::Retrying).await;
+    assert_eq!(retrying.error.unwrap().class, ErrorClass::Internal);
+    assert_eq!(pipeline.ends("stuck", Status::Succeeded).await.attempt, 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_conflict_is_final_and_no_dead_letter() {
     let pipeline = Pipeline::start().await;
     pipeline.script("t", [Script::Fail(ErrorClass::Conflict)]);
@@ -497,6 +512,7 @@ async fn every_accepted_task_reaches_exactly_one_terminal_state_a_round() {
 struct Chance(u64);
 
 impl Chance {
+    #[expect(clippy::unwrap_used, reason = "a number below a usize is one")]
     fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;

@@ -50,6 +50,10 @@ pub enum Script {
     Take(Duration),
     /// Goes on until it is stopped.
     UntilStopped,
+    /// Panics.
+    Panic,
+    /// Never ends, whatever it is told.
+    Stuck,
     /// Succeeds after this time and does not heed a stop.
     IgnoreStop(Duration),
 }
@@ -113,6 +117,8 @@ impl Execute for Obedient {
                 run.cancel.cancelled().await;
                 return Err(stopped());
             }
+            Script::Panic => panic!("told to panic"),
+            Script::Stuck => std::future::pending().await,
             Script::IgnoreStop(time) => tokio::time::sleep(time).await,
         }
         if job.task.kind().changes_project() {
