@@ -136,6 +136,27 @@ pub enum CancelAnswer {
 }
 
 impl Entry {
+    /// A task that is seen for the first time.
+    #[must_use]
+    pub fn new(round: Round, digest: String, kind: Kind, project: ProjectId, place: Place, now: Timestamp) -> Self {
+        Self {
+            round,
+            digest,
+            kind,
+            project,
+            place,
+            phase: Phase::Waiting,
+            attempt: 0,
+            released: 0,
+            crashes: 0,
+            cancelled: false,
+            event: None,
+            owes_event: false,
+            owes_dead_letter: None,
+            seen: now,
+        }
+    }
+
     /// Whether it has not ended.
     #[must_use]
     pub fn is_open(&self) -> bool {
