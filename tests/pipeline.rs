@@ -300,6 +300,31 @@ async fn an_executor_that_panics_or_never_ends_is_a_fault_of_ours_and_tried_agai
 }
 
 #[tokio::test(start_paused = true)]
+async fn records_are_forgotten_after_their_retention_but_not_before_the_queue_was_seen_drained() {
+    const RETENTION_AND_MORE: Duration = Duration::from_hours(15 * 24);
+    let mut pipeline = Pipeline::start().await;
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.ends("t", Status::Succeeded).await;
+    pipeline.drained().await;
+    // Never idle after its start: a delivery that waits somewhere may still have to be answered.
+    pipeline.restart().await;
+    let mut busy = clone_task("busy", 2);
+    busy["timeout_secs"] = (20 * 24 * 60 * 60).into();
+    pipeline.script("busy", [Script::Take(RETENTION_AND_MORE + Duration::from_hours(24))]);
+    pipeline.publish(&busy).await;
+    tokio::time::sleep(RETENTION_AND_MORE).await;
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.told("t", 2).await;
+    assert_eq!(pipeline.executions("t"), 1);
+    pipeline.ends("busy", Status::Succeeded).await;
+    pipeline.drained().await;
+    tokio::time::sleep(RETENTION_AND_MORE).await;
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.told("t", 3).await;
+    assert_eq!(pipeline.executions("t"), 2, "what was forgotten runs again, and is idempotent");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_conflict_is_final_and_no_dead_letter() {
     let pipeline = Pipeline::start().await;
     pipeline.script("t", [Script::Fail(ErrorClass::Conflict)]);
