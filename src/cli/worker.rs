@@ -108,11 +108,12 @@ async fn agent(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
             tracing::info!(ready = now.is_ready(), state = ?now, "readiness");
         }
     });
-    let running = shutdown.tracker().spawn(worker.run());
+    let mut running = shutdown.tracker().spawn(worker.run());
     let ended = tokio::select! {
-        result = running => {
+        result = &mut running => {
             result.map_err(|error| CliError::Refused(format!("the agent broke down: {error}")))??;
-            crate::shutdown::Ended::Finished
+            // It only ends well when it was asked to; how it was asked decides the exit code.
+            shutdown.ended().await
         }
         ended = shutdown.ended() => ended,
     };
