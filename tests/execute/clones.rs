@@ -357,3 +357,22 @@ async fn a_clone_whose_child_is_killed_leaves_nothing_and_runs_again() {
     world.clone(1, "p", json!({})).await.unwrap();
     assert_alike(&world.project("p"), &world.reference(&[]));
 }
+
+#[tokio::test]
+async fn below_the_reserve_no_clone_and_no_pull_begins_and_everything_else_does() {
+    let mut world = furnished().await;
+    world.clone(1, "p", json!({})).await.unwrap();
+    world.reserve = bytesize::ByteSize::b(u64::MAX);
+    world.restart().await;
+    for job in [world.clone_job(2, "q", json!({})), world.job("pull", 1, json!({}))] {
+        let failure = world.run(&job).await.unwrap_err();
+        assert_eq!((failure.class, failure.deferred), (ErrorClass::Disk, true));
+        assert!(failure.message.contains("disk.reserve"), "{failure}");
+    }
+    assert!(!world.project("q").exists() && world.leftovers().is_empty());
+    // A clone that is there already takes no space.
+    world.clone(1, "p", json!({})).await.unwrap();
+    world.run(&world.job("status", 1, json!({}))).await.unwrap();
+    world.run(&world.job("delete", 1, json!({}))).await.unwrap();
+    assert!(!world.project("p").exists());
+}
