@@ -183,7 +183,9 @@ impl Scene {
             olds += usize::from(is_old && !is_new && found.0 == "file");
             news += usize::from(is_new && !is_old && found.0 == "file");
         }
-        for path in old.keys().filter(|path| new.contains_key(*path) && !path.starts_with(b"swap")) {
+        let stays =
+            |path: &&Vec<u8>| new.get(*path).is_some_and(|(kind, _)| kind != "directory" && !path.starts_with(b"swap"));
+        for path in old.keys().filter(stays) {
             assert!(now.contains_key(path), "{} is gone", String::from_utf8_lossy(path));
         }
         whole(&self.path());

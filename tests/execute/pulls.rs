@@ -341,6 +341,25 @@ async fn a_pull_killed_after_its_last_write_is_reported_as_an_update_by_the_next
 }
 
 #[tokio::test]
+async fn a_pull_killed_between_a_file_and_the_directory_that_replaces_it_is_completed_by_the_next() {
+    let mut world = cloned().await;
+    let (project, old) = (world.project("p"), head(&world));
+    fs::remove_file(world.seed().join("a.txt")).unwrap();
+    let tip = world.commit(&[("a.txt/inner", "now a directory"), ("a.txt/deep/er", "x")]);
+    git(&project, &["fetch", "-q"]);
+    fs::write(world.project(".haul/pulls/p"), json!({"project": 1, "old": old, "new": tip}).to_string()).unwrap();
+    fs::remove_file(project.join("a.txt")).unwrap();
+    write(&project, "a.txt/inner", "now a directory");
+    // What the user put there since is still the user's.
+    write(&project, "a.txt/mine", "m");
+    world.restart().await;
+    assert_eq!(class(&world.pull(1, json!({})).await), ErrorClass::Conflict);
+    fs::remove_file(project.join("a.txt/mine")).unwrap();
+    world.pull(1, json!({})).await.unwrap();
+    assert_alike(&project, &world.reference(&[]));
+}
+
+#[tokio::test]
 async fn what_the_user_stages_during_a_pull_is_not_lost() {
     let world = cloned().await;
     let project = world.project("p");

@@ -94,6 +94,10 @@ pub(super) fn apply(root: &Dir, stage: &Stage, changes: &[Change], reporter: &Re
 }
 
 fn remove(root: &Dir, change: &Change) -> Result<(), Failure> {
+    if !change.old.is_some_and(Side::is_submodule) && plan::find(root, &change.path)? == Found::Directory {
+        // The file is gone, and what is to come beneath its name may be there already.
+        return Ok(());
+    }
     if !plan::is_clean(root, change)? {
         return Err(raced(&change.path));
     }

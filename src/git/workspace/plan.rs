@@ -154,6 +154,7 @@ pub(super) fn in_the_way(
     let mut way = BTreeMap::new();
     let leaving: HashSet<&[u8]> =
         changes.iter().filter(|change| change.new.is_none()).map(|change| change.path.as_slice()).collect();
+    let judged: HashSet<&[u8]> = changes.iter().map(|change| change.path.as_slice()).collect();
     for (number, change) in changes.iter().enumerate() {
         if number.is_multiple_of(256) {
             reporter.step();
@@ -166,7 +167,7 @@ pub(super) fn in_the_way(
         }
         if let Some(blocking) = blocked(root, change, &leaving)? {
             way.insert(blocking, "in the way");
-        } else if !is_clean(root, change)? && !holds_only(root, &change.path, &leaving)? {
+        } else if !is_clean(root, change)? && !holds_only(root, &change.path, &judged)? {
             way.insert(change.path.clone(), if change.old.is_some() { "modified" } else { "untracked" });
         }
     }
@@ -205,19 +206,20 @@ pub(super) fn is_clean(root: &Dir, change: &Change) -> Result<bool, Failure> {
     Ok(change.new.is_none() && change.old.is_some_and(Side::is_submodule))
 }
 
-/// Whether a directory holds nothing but files that leave.
-fn holds_only(root: &Dir, path: &[u8], leaving: &HashSet<&[u8]>) -> Result<bool, Failure> {
+/// Whether a directory holds nothing but paths that are `judged` by themselves: of the old side, which leave, or of the
+/// new one, which an interrupted pull wrote already.
+fn holds_only(root: &Dir, path: &[u8], judged: &HashSet<&[u8]>) -> Result<bool, Failure> {
     if find(root, path)? != Found::Directory {
         return Ok(false);
     }
     let Some(dir) = enter(root, path)? else { return Ok(false) };
     for (name, kind) in dir.entries()? {
         let inner = [path, b"/", name.as_bytes()].concat();
-        let leaves = match kind {
-            FileType::Directory => holds_only(root, &inner, leaving)?,
-            _ => leaving.contains(inner.as_slice()),
+        let known = match kind {
+            FileType::Directory => holds_only(root, &inner, judged)?,
+            _ => judged.contains(inner.as_slice()),
         };
-        if !leaves {
+        if !known {
             return Ok(false);
         }
     }
