@@ -7,12 +7,16 @@
 pub mod asyncapi;
 mod completions;
 mod control;
+mod dead;
 mod error;
 mod events;
 mod follow;
 mod output;
+mod project;
 pub mod schema;
 mod submit;
+mod table;
+mod topology;
 mod wait;
 mod words;
 mod worker;
@@ -76,6 +80,15 @@ enum Command {
     Inspect(control::NodeArgs),
     /// Follow the events of the fleet
     Events(events::EventsArgs),
+    /// Look after dead letters: list, show, replay, drop
+    #[command(subcommand)]
+    Dead(dead::DeadCommand),
+    /// What the broker should have and has: plan, apply, doctor
+    #[command(subcommand)]
+    Topology(topology::TopologyCommand),
+    /// Look after the projects of this node's storage: list, forget
+    #[command(subcommand)]
+    Project(project::ProjectCommand),
     /// Print the schemas of the messages
     Schema(schema::SchemaArgs),
     /// Print a completion script for a shell
@@ -107,6 +120,9 @@ fn run(cli: Cli) -> Result<u8, CliError> {
         Command::Inspect(args) => Ok(done(client(load()?, |config| control::inspect(config, args))?)),
         // Ctrl-C is how following ends.
         Command::Events(args) => Ok(client(load()?, |config| events::run(config, args))?.unwrap_or(exit::OK)),
+        Command::Dead(command) => dead::run(load()?, command),
+        Command::Topology(command) => Ok(done(client(load()?, |config| topology::run(config, command))?)),
+        Command::Project(command) => project::run(load()?, command),
         Command::Schema(args) => schema::run(&args),
         Command::Completions(args) => completions::run(&args),
     }

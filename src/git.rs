@@ -16,6 +16,7 @@ pub(crate) mod workspace;
 pub(crate) use child::Children;
 pub(crate) use mirror::{Fetched, Listing, Mirrors, Want};
 pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Projects, PullNote, Site, Staging, Stamp};
+pub use projects::{ProjectRecord, survey};
 pub use run::{Fence, Run};
 pub use settings::GitSettings;
 pub(crate) use workspace::{Budget, Look, Looked, Make, Pull, Pulled};

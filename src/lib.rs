@@ -1,7 +1,7 @@
 //! Haul puts git projects on the nodes of a fleet and keeps them there.
 //!
 //! Layers, from words to assembly: `protocol` and `failure` and `retry`; `journal` and `schedule`; the adapters
-//! `broker`, `git` and `store`; `execute`; the roles `worker` and `dead`; `cli`. `docs/ARCHITECTURE.md` says more.
+//! `broker`, `git` and `store`; `execute`; the roles `worker`, `dead` and `doctor`; `cli`, which puts them together. `docs/ARCHITECTURE.md` says more.
 
 pub mod broker;
 pub mod cli;

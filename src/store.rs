@@ -41,27 +41,32 @@ pub enum JournalError {
     Closed,
 }
 
+/// One thing that a batch writes.
+#[derive(Clone, Debug)]
+pub enum Write {
+    /// An entry of a task.
+    Entry(TaskId, Box<Entry>),
+    /// A value kept beside the pages; without one it is forgotten.
+    Note(String, Option<String>),
+}
+
 /// Where pages are kept. Two backends: [`SqliteRows`] on disk, [`MemoryRows`] for pipeline tests and the embedded demo.
 #[async_trait]
 pub trait Rows: Send + 'static {
-    /// Opens a batch.
-    async fn begin(&mut self) -> Result<(), JournalError>;
-    /// Makes the batch durable.
-    async fn commit(&mut self) -> Result<(), JournalError>;
-    /// Forgets the batch.
-    async fn rollback(&mut self);
+    /// Writes a batch durably: all of it or, with an error, nothing.
+    async fn write(&mut self, batch: &[Write]) -> Result<(), JournalError>;
+    /// Gives up what was held back for a full disk; false if there is nothing left to give up.
+    async fn relieve(&mut self) -> bool;
+    /// Holds it back again, once there is room; an error while there is none.
+    async fn replenish(&mut self) -> Result<(), JournalError>;
     /// The entries of a task.
     async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError>;
-    /// Writes an entry.
-    async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError>;
     /// Every entry that owes something.
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError>;
     /// Every clone that waits for a retry.
     async fn waiting_clones(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError>;
     /// A value kept beside the pages.
     async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError>;
-    /// Keeps a value beside the pages, or forgets it.
-    async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError>;
     /// The names of notes with this beginning.
     async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError>;
     /// Removes up to `most` entries last seen before `limit` that owe nothing.
@@ -86,13 +91,15 @@ pub struct Step<'a> {
 
 type Answer = Box<dyn FnOnce(Result<(), JournalError>) + Send>;
 type Decide = Box<dyn FnOnce(Step<'_>) -> Answer + Send>;
+type Reply<A> = oneshot::Sender<Result<A, JournalError>>;
 
 enum Request {
     Step { task: TaskId, now: Timestamp, decide: Decide },
-    Owing { reply: oneshot::Sender<Result<Vec<(TaskId, Entry)>, JournalError>> },
-    Note { name: String, reply: oneshot::Sender<Result<Option<String>, JournalError>> },
-    SetNote { name: String, value: Option<String>, reply: oneshot::Sender<Result<(), JournalError>> },
-    Prune { limit: Timestamp, reply: oneshot::Sender<Result<u64, JournalError>> },
+    SetNote { name: String, value: Option<String>, reply: Reply<()> },
+    Note { name: String, reply: Reply<Option<String>> },
+    Owing { reply: Reply<Vec<(TaskId, Entry)>> },
+    Prune { limit: Timestamp, reply: Reply<u64> },
+    Probe { reply: Reply<()> },
 }
 
 impl Journal {
@@ -160,10 +167,15 @@ impl Journal {
         self.ask(|reply| Request::Prune { limit, reply }).await
     }
 
-    async fn ask<A>(
-        &self,
-        request: impl FnOnce(oneshot::Sender<Result<A, JournalError>>) -> Request,
-    ) -> Result<A, JournalError> {
+    /// Whether the journal can be written and has its reserve, after it could not.
+    ///
+    /// # Errors
+    /// While it has not.
+    pub async fn probe(&self) -> Result<(), JournalError> {
+        self.ask(|reply| Request::Probe { reply }).await
+    }
+
+    async fn ask<A>(&self, request: impl FnOnce(Reply<A>) -> Request) -> Result<A, JournalError> {
         let (reply, answer) = oneshot::channel();
         self.send(request(reply)).await?;
         answer.await.map_err(|_| JournalError::Closed)?
@@ -177,7 +189,7 @@ impl Journal {
 /// What the writer keeps in memory: the little that every step may need.
 #[derive(Default)]
 struct State {
-    /// Pages with an open entry or a debt; the others are read when they are asked for.
+    /// Pages with an open entry or a debt, and those of the batch at hand; the others are read when they are asked for.
     live: HashMap<TaskId, Page>,
     clones: HashMap<Key, (ProjectId, WaitingClone)>,
     cancels: BTreeSet<TaskId>,
@@ -187,6 +199,8 @@ struct State {
 /// Names of the notes that the writer itself keeps.
 const LAST_ARRIVAL: &str = "last_arrival";
 const CANCEL: &str = "cancel:";
+/// Entries removed at a time, so that nobody waits long behind it.
+const PRUNED_AT_A_TIME: u32 = 1000;
 
 impl State {
     async fn load(rows: &mut impl Rows) -> Result<Self, JournalError> {
@@ -220,79 +234,64 @@ impl State {
         Ok(Page { entries, cancel_pending: self.cancels.contains(task) })
     }
 
-    /// Runs one step and writes what it changed.
-    async fn run(
+    /// Runs one step on its page; what it changed joins the batch.
+    fn decide(
         &mut self,
-        rows: &mut impl Rows,
+        mut page: Page,
         task: TaskId,
         now: Timestamp,
         decide: Decide,
-    ) -> Result<Answer, Failed> {
-        let mut page = match self.page(rows, &task).await {
-            Ok(page) => page,
-            Err(error) => return Err((Some(blank(decide)), error)),
-        };
+        batch: &mut Vec<Write>,
+    ) -> Answer {
         let before = page.clone();
-        let arrival = now.as_microsecond().max(self.last_arrival + 1);
         let clones = &self.clones;
         let of_project = |project: ProjectId| {
             clones.values().filter(|(of, _)| *of == project).map(|(_, clone)| *clone).collect::<Vec<_>>()
         };
-        let answer = decide(Step { page: &mut page, clones: &of_project, next_arrival: arrival });
-        match self.save(rows, &task, now, &before, page).await {
-            Ok(()) => Ok(answer),
-            Err(error) => Err((Some(answer), error)),
-        }
-    }
-
-    async fn save(
-        &mut self,
-        rows: &mut impl Rows,
-        task: &TaskId,
-        now: Timestamp,
-        before: &Page,
-        page: Page,
-    ) -> Result<(), JournalError> {
+        let next_arrival = now.as_microsecond().max(self.last_arrival + 1);
+        let answer = decide(Step { page: &mut page, clones: &of_project, next_arrival });
         for entry in page.entries.iter().filter(|entry| before.round(entry.round) != Some(entry)) {
-            rows.put(task, entry).await?;
             self.last_arrival = self.last_arrival.max(entry.place.arrived);
-            self.track_clone(task, entry);
+            self.track_clone(&task, entry);
+            batch.push(Write::Entry(task.clone(), Box::new(entry.clone())));
         }
         if page.cancel_pending != before.cancel_pending {
-            let name = format!("{CANCEL}{task}");
-            let at = now.to_string();
-            rows.set_note(&name, page.cancel_pending.then_some(at.as_str())).await?;
+            batch.push(Write::Note(format!("{CANCEL}{task}"), page.cancel_pending.then(|| now.to_string())));
             if page.cancel_pending {
                 self.cancels.insert(task.clone())
             } else {
-                self.cancels.remove(task)
+                self.cancels.remove(&task)
             };
         }
-        if page.entries.iter().any(|entry| entry.is_open() || entry.owes()) {
-            self.live.insert(task.clone(), page);
-        }
-        Ok(())
+        self.live.insert(task, page);
+        answer
+    }
+
+    /// Forgets pages that only the disk has to remember.
+    fn settle_down(&mut self) {
+        self.live.retain(|_, page| page.entries.iter().any(|entry| entry.is_open() || entry.owes()));
     }
 }
 
-/// The answer of a step that could not be tried: it decides on a blank page, and nobody sees what it decided.
-fn blank(decide: Decide) -> Answer {
-    decide(Step { page: &mut Page::default(), clones: &|_| Vec::new(), next_arrival: 0 })
-}
-
-/// The writer: takes what has arrived, decides and writes it in one batch, commits, answers.
+/// The writer: takes what has arrived, decides, writes it in one batch, answers.
 async fn write(mut rows: impl Rows, mut state: State, mut requests: mpsc::Receiver<Request>) {
-    let mut batch = Vec::new();
-    while requests.recv_many(&mut batch, LARGEST_BATCH).await > 0 {
-        let mut answers: Vec<Answer> = Vec::with_capacity(batch.len());
-        let written = write_batch(&mut rows, &mut state, &mut batch, &mut answers).await;
-        if let Err(error) = &written {
-            tracing::error!(error = %error, "journal batch failed");
-            rows.rollback().await;
-            // What is in memory may be ahead of the disk now: read it again.
-            match State::load(&mut rows).await {
-                Ok(fresh) => state = fresh,
-                Err(_) => state.live.clear(),
+    let mut arrived = Vec::new();
+    while requests.recv_many(&mut arrived, LARGEST_BATCH).await > 0 {
+        let arrival_before = state.last_arrival;
+        let (mut batch, mut answers) = (Vec::new(), Vec::<Answer>::new());
+        for request in arrived.drain(..) {
+            answers.extend(take(&mut rows, &mut state, request, &mut batch).await);
+        }
+        if state.last_arrival != arrival_before {
+            batch.push(Write::Note(LAST_ARRIVAL.to_owned(), Some(state.last_arrival.to_string())));
+        }
+        let written = write_or_relieve(&mut rows, &batch).await;
+        match &written {
+            Ok(()) => state.settle_down(),
+            Err(error) => {
+                tracing::error!(error = %error, "journal batch not written");
+                // What is in memory is ahead of the disk now: read it again, or have it read when it is asked for.
+                state = State::load(&mut rows).await.unwrap_or_default();
             }
         }
         for answer in answers {
@@ -301,69 +300,60 @@ async fn write(mut rows: impl Rows, mut state: State, mut requests: mpsc::Receiv
     }
 }
 
-async fn write_batch(
-    rows: &mut impl Rows,
-    state: &mut State,
-    batch: &mut Vec<Request>,
-    answers: &mut Vec<Answer>,
-) -> Result<(), JournalError> {
-    let arrival_before = state.last_arrival;
-    let mut failed = rows.begin().await;
-    for request in batch.drain(..) {
-        if let Err(error) = &failed {
-            answers.push(refuse(request, error.clone()));
-            continue;
-        }
-        match perform(rows, state, request).await {
-            Ok(answer) => answers.push(answer),
-            Err((answer, error)) => {
-                answers.extend(answer);
-                failed = Err(error);
-            }
-        }
+/// Writes a batch; on a full disk the reserve is given up for it, so that what was begun can be settled.
+async fn write_or_relieve(rows: &mut impl Rows, batch: &[Write]) -> Result<(), JournalError> {
+    if batch.is_empty() {
+        return Ok(());
     }
-    failed?;
-    if state.last_arrival != arrival_before {
-        rows.set_note(LAST_ARRIVAL, Some(&state.last_arrival.to_string())).await?;
+    match rows.write(batch).await {
+        Err(error) if rows.relieve().await => {
+            tracing::error!(error = %error, "the journal's reserve is given up");
+            rows.write(batch).await
+        }
+        written => written,
     }
-    rows.commit().await
 }
 
-/// The answer to a request that was not tried, since its batch had failed.
-fn refuse(request: Request, error: JournalError) -> Answer {
+/// Takes one request: what only reads is answered at once, what writes is answered after the batch.
+async fn take(rows: &mut impl Rows, state: &mut State, request: Request, batch: &mut Vec<Write>) -> Option<Answer> {
+    // Whoever asked may be gone; then nobody waits for the answer.
     match request {
-        Request::Step { decide, .. } => {
-            let answer = blank(decide);
-            Box::new(move |_| answer(Err(error)))
-        }
-        Request::Owing { reply } => Box::new(move |_| drop(reply.send(Err(error)))),
-        Request::Note { reply, .. } => Box::new(move |_| drop(reply.send(Err(error)))),
-        Request::SetNote { reply, .. } => Box::new(move |_| drop(reply.send(Err(error)))),
-        Request::Prune { reply, .. } => Box::new(move |_| drop(reply.send(Err(error)))),
-    }
-}
-
-type Failed = (Option<Answer>, JournalError);
-
-async fn perform(rows: &mut impl Rows, state: &mut State, request: Request) -> Result<Answer, Failed> {
-    /// A reader's answer holds whether or not the batch commits; a writer's only if it does.
-    fn answer<A: Send + 'static>(
-        reply: oneshot::Sender<Result<A, JournalError>>,
-        result: Result<A, JournalError>,
-    ) -> Result<Answer, Failed> {
-        match result {
-            Ok(value) => Ok(Box::new(move |committed| drop(reply.send(committed.map(|()| value))))),
+        Request::Step { task, now, decide } => match state.page(rows, &task).await {
+            Ok(page) => Some(state.decide(page, task, now, decide, batch)),
             Err(error) => {
-                let told = error.clone();
-                Err((Some(Box::new(move |_| drop(reply.send(Err(told))))), error))
+                // It decides on a blank page, so that it can be told; nothing of that is kept.
+                let blank = Step { page: &mut Page::default(), clones: &|_| Vec::new(), next_arrival: 0 };
+                decide(blank)(Err(error));
+                None
             }
+        },
+        Request::SetNote { name, value, reply } => {
+            batch.push(Write::Note(name, value));
+            Some(Box::new(move |written| drop(reply.send(written))))
         }
-    }
-    match request {
-        Request::Step { task, now, decide } => state.run(rows, task, now, decide).await,
-        Request::Owing { reply } => answer(reply, rows.owing().await),
-        Request::Note { name, reply } => answer(reply, rows.note(&name).await),
-        Request::SetNote { name, value, reply } => answer(reply, rows.set_note(&name, value.as_deref()).await),
-        Request::Prune { limit, reply } => answer(reply, rows.prune(limit, 1000).await),
+        Request::Note { name, reply } => {
+            let pending = batch.iter().rev().find_map(|write| match write {
+                Write::Note(written, value) if *written == name => Some(value.clone()),
+                _ => None,
+            });
+            let note = match pending {
+                Some(value) => Ok(value),
+                None => rows.note(&name).await,
+            };
+            drop(reply.send(note));
+            None
+        }
+        Request::Owing { reply } => {
+            drop(reply.send(rows.owing().await));
+            None
+        }
+        Request::Prune { limit, reply } => {
+            drop(reply.send(rows.prune(limit, PRUNED_AT_A_TIME).await));
+            None
+        }
+        Request::Probe { reply } => {
+            drop(reply.send(rows.replenish().await));
+            None
+        }
     }
 }

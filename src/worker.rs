@@ -15,11 +15,16 @@ mod settle;
 mod step;
 mod turns;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use tokio::sync::{Notify, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -40,6 +45,9 @@ use arrival::Arrival;
 use attempt::Ending;
 use reporter::Reporter;
 use turns::{Turn, Turns};
+
+/// How long a task whose handling panicked stays here before it is given back: a fault that repeats must not spin.
+const AFTER_A_PANIC: Duration = Duration::from_secs(5);
 
 /// Everything that a worker is made of.
 pub struct Parts {
@@ -181,9 +189,15 @@ impl Worker {
             Entered::Joined => return,
             Entered::Mismatch(delivery) => return self.report_mismatch(&arrival, *delivery).await,
         };
-        match self.conclude(&arrival).await {
-            Ok(()) => self.acknowledge(&arrival.key).await,
-            Err(interrupted) => self.give_back(&arrival, interrupted).await,
+        // A panic on the way is a fault of ours; the task must neither be lost nor block the window with its deliveries.
+        match AssertUnwindSafe(self.conclude(&arrival)).catch_unwind().await {
+            Ok(Ok(())) => self.acknowledge(&arrival.key).await,
+            Ok(Err(interrupted)) => self.give_back(&arrival, interrupted).await,
+            Err(_panic) => {
+                tracing::error!(task.id = %arrival.key.task_id, "panicked while handling the task; given back");
+                tokio::time::sleep(AFTER_A_PANIC).await;
+                self.give_back(&arrival, Interrupted::Stopping).await;
+            }
         }
     }
 

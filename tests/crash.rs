@@ -125,15 +125,18 @@ killed_at! {
     a_clone_killed_when_queued: clone_killed_at(Queued);
     a_clone_killed_at_its_turn: clone_killed_at(Turn);
     a_clone_killed_when_begun: clone_killed_at(Begun);
+    a_clone_killed_before_its_rename: clone_killed_at(Asked);
     a_clone_killed_when_executed: clone_killed_at(Executed);
     a_clone_killed_when_settled: clone_killed_at(Settled);
     a_clone_killed_when_its_event_is_confirmed: clone_killed_at(EventConfirmed);
     a_clone_killed_when_its_event_is_struck_off: clone_killed_at(EventStruck);
     a_clone_killed_when_acknowledged: clone_killed_at(Acked);
     a_pull_killed_when_begun: pull_killed_at(Begun);
+    a_pull_killed_before_it_writes: pull_killed_at(Asked);
     a_pull_killed_when_executed: pull_killed_at(Executed);
     a_pull_killed_when_settled: pull_killed_at(Settled);
     a_delete_killed_when_begun: delete_killed_at(Begun);
+    a_delete_killed_before_its_rename: delete_killed_at(Asked);
     a_delete_killed_when_executed: delete_killed_at(Executed);
     a_delete_killed_when_settled: delete_killed_at(Settled);
     a_failure_killed_when_settled: failing_clone_killed_at(Settled);

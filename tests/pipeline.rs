@@ -285,6 +285,46 @@ async fn what_is_deferred_for_longer_than_allowed_fails() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_executor_that_panics_or_never_ends_is_a_fault_of_ours_and_tried_again() {
+    let pipeline = Pipeline::start().await;
+    pipeline.script("panics", [Script::Panic]);
+    pipeline.publish(&clone_task("panics", 1)).await;
+    assert_eq!(pipeline.ends("panics", Status::Succeeded).await.attempt, 2);
+    pipeline.script("stuck", [Script::Stuck]);
+    let mut stuck = clone_task("stuck", 2);
+    stuck["timeout_secs"] = 10.into();
+    pipeline.publish(&stuck).await;
+    let retrying = pipeline.saw("stuck", Status::Retrying).await;
+    assert_eq!(retrying.error.unwrap().class, ErrorClass::Internal);
+    assert_eq!(pipeline.ends("stuck", Status::Succeeded).await.attempt, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_are_forgotten_after_their_retention_but_not_before_the_queue_was_seen_drained() {
+    const RETENTION_AND_MORE: Duration = Duration::from_hours(15 * 24);
+    let mut pipeline = Pipeline::start().await;
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.ends("t", Status::Succeeded).await;
+    pipeline.drained().await;
+    // Never idle after its start: a delivery that waits somewhere may still have to be answered.
+    pipeline.restart().await;
+    let mut busy = clone_task("busy", 2);
+    busy["timeout_secs"] = (20 * 24 * 60 * 60).into();
+    pipeline.script("busy", [Script::Take(RETENTION_AND_MORE + Duration::from_hours(24))]);
+    pipeline.publish(&busy).await;
+    tokio::time::sleep(RETENTION_AND_MORE).await;
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.told("t", 2).await;
+    assert_eq!(pipeline.executions("t"), 1);
+    pipeline.ends("busy", Status::Succeeded).await;
+    pipeline.drained().await;
+    tokio::time::sleep(RETENTION_AND_MORE).await;
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.told("t", 3).await;
+    assert_eq!(pipeline.executions("t"), 2, "what was forgotten runs again, and is idempotent");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_conflict_is_final_and_no_dead_letter() {
     let pipeline = Pipeline::start().await;
     pipeline.script("t", [Script::Fail(ErrorClass::Conflict)]);
@@ -437,6 +477,73 @@ async fn a_lost_connection_loses_nothing_and_runs_nothing_twice_at_once() {
     }
     pipeline.drained().await;
     assert!(!pipeline.overlapped());
+}
+
+/// Crashes, lost connections, duplicates, cancels and failures of every kind, in an order that the seed decides.
+#[tokio::test(start_paused = true)]
+async fn every_accepted_task_reaches_exactly_one_terminal_state_a_round() {
+    for seed in 1..=12_u64 {
+        let mut chance = Chance(seed);
+        let mut pipeline = Pipeline::start().await;
+        let mut tasks = Vec::new();
+        for number in 0..60_i64 {
+            let id = format!("s{seed}-{number}");
+            let project = i64::try_from(chance.below(6)).unwrap();
+            let body = match chance.below(4) {
+                0 => task(&id, Kind::Pull, project),
+                1 => task(&id, Kind::Delete, project),
+                2 => task(&id, Kind::Status, project),
+                _ => clone_task(&id, project),
+            };
+            let script = [
+                Script::Succeed,
+                Script::Take(Duration::from_millis(700)),
+                Script::Take(Duration::from_secs(20)),
+                Script::Fail(ErrorClass::Network),
+                Script::Fail(ErrorClass::Auth),
+                Script::Fail(ErrorClass::Disk),
+                Script::Fail(ErrorClass::Conflict),
+            ];
+            for _ in 0..chance.below(3) {
+                pipeline.script(&id, [script[chance.below(script.len())]]);
+            }
+            pipeline.publish(&body).await;
+            match chance.below(12) {
+                0 => pipeline.broker.cut(),
+                1 => {
+                    pipeline.crash().await;
+                    pipeline.restart().await;
+                }
+                2 => pipeline.publish(&body).await,
+                3 => pipeline.control(json!({"v": 1, "command": "cancel", "task_id": id})).await,
+                4 => pipeline.broker.lose_confirm_once(),
+                5 => tokio::time::sleep(Duration::from_secs(3)).await,
+                _ => {}
+            }
+            tasks.push(id);
+        }
+        for id in &tasks {
+            let ends = pipeline.ended_somehow(id).await;
+            assert!(ends.iter().all(|event| event.event_id == ends[0].event_id), "seed {seed}: {ends:#?}");
+        }
+        pipeline.drained().await;
+        assert!(!pipeline.overlapped(), "seed {seed}: two tasks of one project ran at once");
+        let failed = tasks.iter().filter(|id| pipeline.must_be_dead_lettered(id)).count();
+        assert_eq!(pipeline.distinct_dead_letters(), failed, "seed {seed}");
+    }
+}
+
+/// Numbers that only the seed decides (xorshift64).
+struct Chance(u64);
+
+impl Chance {
+    #[expect(clippy::unwrap_used, reason = "a number below a usize is one")]
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % limit as u64).unwrap()
+    }
 }
 
 #[tokio::test(start_paused = true)]

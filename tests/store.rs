@@ -5,9 +5,9 @@
 use std::{path::Path, sync::atomic::Ordering};
 
 use haul::{
-    journal::{Admission, Concluded, Debt, Envelope, Sighting},
+    journal::{Admission, Concluded, Debt, Entry, Envelope, Sighting},
     protocol::{Kind, Status, TaskId, wire::Message},
-    store::{Journal, MemoryRows, Rows, SqliteRows},
+    store::{Journal, JournalError, MemoryRows, Rows, SqliteRows, Write},
 };
 use jiff::{SignedDuration, Timestamp};
 
@@ -168,6 +168,68 @@ async fn a_journal_that_cannot_write_says_so_and_keeps_nothing_of_the_step() {
     full.store(false, Ordering::SeqCst);
     let known = journal.step(&task("t"), now(), |step| step.page.highest()).await.unwrap();
     assert_eq!(known, None);
+}
+
+/// A disk that is full until its reserve is given up.
+#[derive(Default)]
+struct FullDisk {
+    rows: MemoryRows,
+    relieved: bool,
+}
+
+#[async_trait::async_trait]
+impl Rows for FullDisk {
+    async fn write(&mut self, batch: &[Write]) -> Result<(), JournalError> {
+        if !self.relieved {
+            let reason = "database or disk is full".to_owned();
+            return Err(JournalError::Database { path: "disk".to_owned(), doing: "written", reason });
+        }
+        self.rows.write(batch).await
+    }
+    async fn relieve(&mut self) -> bool {
+        !std::mem::replace(&mut self.relieved, true)
+    }
+    async fn replenish(&mut self) -> Result<(), JournalError> {
+        self.rows.replenish().await
+    }
+    async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError> {
+        self.rows.entries(task).await
+    }
+    async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        self.rows.owing().await
+    }
+    async fn waiting_clones(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        self.rows.waiting_clones().await
+    }
+    async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
+        self.rows.note(name).await
+    }
+    async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {
+        self.rows.notes(prefix).await
+    }
+    async fn prune(&mut self, limit: Timestamp, most: u32) -> Result<u64, JournalError> {
+        self.rows.prune(limit, most).await
+    }
+}
+
+#[tokio::test]
+async fn on_a_full_disk_the_reserve_is_given_up_for_what_was_begun() {
+    let journal = Journal::open(FullDisk::default()).await.unwrap();
+    assert!(matches!(admit(&journal, &task("t"), Kind::Clone).await, Admission::Fresh(_)));
+    assert!(matches!(admit(&journal, &task("t"), Kind::Clone).await, Admission::Fresh(_)));
+}
+
+#[tokio::test]
+async fn the_journal_on_disk_holds_a_reserve_and_takes_it_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal.db");
+    let mut rows = SqliteRows::open(&path).await.unwrap();
+    let reserve = path.with_extension("reserve");
+    assert!(reserve.metadata().unwrap().len() >= 1 << 20);
+    assert!(rows.relieve().await && !reserve.exists());
+    assert!(!rows.relieve().await, "there is nothing left to give up");
+    rows.replenish().await.unwrap();
+    assert!(reserve.exists());
 }
 
 #[tokio::test]

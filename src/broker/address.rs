@@ -58,6 +58,14 @@ impl Address {
         is_loopback(&self.host)
     }
 
+    /// Where it is, without user and password: `amqp://host:port/vhost`.
+    #[must_use]
+    pub fn location(&self) -> String {
+        let scheme = if self.tls { "amqps" } else { "amqp" };
+        let vhost = self.vhost.replace('/', "%2f");
+        format!("{scheme}://{}/{vhost}", self.authority())
+    }
+
     /// Host and port, as they stand in a URL.
     #[must_use]
     pub fn authority(&self) -> String {
@@ -92,6 +100,7 @@ mod tests {
         let plain = parse("amqp://127.0.0.1").unwrap();
         assert_eq!((plain.user.as_str(), plain.port, plain.vhost.as_str()), ("guest", 5672, "/"));
         assert_eq!(parse("amqp://h:1/%2f").unwrap().vhost, "/");
+        assert_eq!(address.location(), "amqps://mq.example:5671/fleet%2fa");
     }
 
     #[test]

@@ -193,7 +193,7 @@ impl From<DeadError> for CliError {
 
 /// Runs a command to its end, or to an end in order at the first signal; the second signal ends it at once.
 pub(super) fn run(config: Config, command: DeadCommand) -> Result<u8, CliError> {
-    config.log.install("warn,lapin=off");
+    config.log.install(super::CLIENT_FILTER);
     match &command {
         DeadCommand::Replay(args) => args.filter.named(args.all, "replay")?,
         DeadCommand::Drop(args) => args.filter.named(args.all, "drop")?,

@@ -45,6 +45,17 @@ pub(super) enum CliError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The projects of this node cannot be read or changed.
+    #[error("{0}")]
+    Projects(String),
+    /// The agent must not be running.
+    #[error("an agent (process {holder}) uses the storage directory {path}: stop the agent first")]
+    AgentRuns {
+        /// The directory.
+        path: std::path::PathBuf,
+        /// The process.
+        holder: String,
+    },
     /// The storage directory cannot be used.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -66,11 +77,16 @@ impl CliError {
             Self::Config(_) | Self::Usage(_) | Self::Broker(BrokerError::Settings(_)) => exit::USAGE,
             Self::NotEnrolled { .. } | Self::Refused(_) => exit::TASK,
             Self::TimedOut(_) => exit::TIMED_OUT,
-            Self::Lock(LockError::Held { .. }) => exit::LOCKED,
+            Self::Lock(LockError::Held { .. }) | Self::AgentRuns { .. } => exit::LOCKED,
             Self::Broker(_)
             | Self::Publish(_)
             | Self::Worker(WorkerError::Broker(_) | WorkerError::Topology { .. }) => exit::BROKER,
-            Self::Output { .. } | Self::Runtime(_) | Self::Lock(_) | Self::Journal(_) | Self::Worker(_) => exit::FAILED,
+            Self::Output { .. }
+            | Self::Projects(_)
+            | Self::Runtime(_)
+            | Self::Lock(_)
+            | Self::Journal(_)
+            | Self::Worker(_) => exit::FAILED,
         }
     }
 }

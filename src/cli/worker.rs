@@ -10,7 +10,7 @@ use clap::Args;
 
 use super::error::CliError;
 use crate::{
-    broker::{Broker, rabbitmq::RabbitMq},
+    broker::{Broker, address::Address, rabbitmq::RabbitMq},
     config::Config,
     execute::{Execute, GitExecutor},
     lock::StorageLock,
@@ -86,7 +86,7 @@ async fn agent(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
     let broker = RabbitMq::connect(&config.broker, &format!("haul worker {node}")).await?;
     let broker: Arc<dyn Broker> = Arc::new(broker);
     let boot = uuid::Uuid::now_v7().to_string();
-    tracing::info!(node = %node, boot, slots = config.slots(), window = config.window(), version = env!("CARGO_PKG_VERSION"), "starting");
+    greet(&config, &node, &boot)?;
     let observer: Arc<dyn Observe> = match args.observe {
         Some(step) => Arc::new(KilledAt(step)),
         None => Arc::new(Unobserved),
@@ -108,11 +108,12 @@ async fn agent(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
             tracing::info!(ready = now.is_ready(), state = ?now, "readiness");
         }
     });
-    let running = shutdown.tracker().spawn(worker.run());
+    let mut running = shutdown.tracker().spawn(worker.run());
     let ended = tokio::select! {
-        result = running => {
+        result = &mut running => {
             result.map_err(|error| CliError::Refused(format!("the agent broke down: {error}")))??;
-            crate::shutdown::Ended::Finished
+            // It only ends well when it was asked to; how it was asked decides the exit code.
+            shutdown.ended().await
         }
         ended = shutdown.ended() => ended,
     };
@@ -122,13 +123,46 @@ async fn agent(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
     Ok(ended.code())
 }
 
-async fn open_executor(config: &Config) -> Result<Arc<dyn Execute>, CliError> {
+/// Says who starts and with what, in one line without a secret, and warns of what nobody should run on for long.
+fn greet(config: &Config, node: &NodeName, boot: &str) -> Result<(), CliError> {
+    let addresses: Vec<_> = config.broker.urls.iter().map(Address::parse).collect::<Result<_, _>>()?;
+    let brokers: Vec<_> = addresses.iter().map(Address::location).collect();
+    tracing::info!(
+        node = %node,
+        broker.queue = config.names().node(node),
+        broker.address = brokers.join(","),
+        path = %config.storage_path.display(),
+        slots = config.slots(),
+        window = config.window(),
+        version = env!("CARGO_PKG_VERSION"),
+        boot,
+        "haul worker starts"
+    );
+    for address in addresses.iter().filter(|address| !address.is_loopback()) {
+        let location = address.location();
+        if address.user == "guest" {
+            tracing::warn!(
+                broker.address = location,
+                "the broker's user is guest, whom everybody knows: give this node a user of its own"
+            );
+        }
+        if !address.tls {
+            tracing::warn!(
+                broker.address = location,
+                "the way to the broker is not encrypted: use amqps://, or a network that nobody else sees"
+            );
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn open_executor(config: &Config) -> Result<Arc<dyn Execute>, CliError> {
     // The path of the running binary, even where it has been replaced on disk meanwhile.
     let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
     let projects = config.projects();
     let executor = GitExecutor::open(&config.git, &config.storage_path, &projects, program).await;
     let refused =
-        |path: &Path, error| CliError::Refused(format!("the projects at {} cannot be used: {error}", path.display()));
+        |path: &Path, error| CliError::Projects(format!("the projects at {} cannot be used: {error}", path.display()));
     Ok(Arc::new(executor.map_err(|error| refused(&projects, error))?))
 }
 

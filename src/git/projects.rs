@@ -19,6 +19,7 @@ mod objects;
 mod remove;
 mod staging;
 mod start;
+mod survey;
 
 use std::{
     collections::HashMap,
@@ -31,6 +32,7 @@ use std::{
 use serde::Serialize;
 
 pub(crate) use self::binding::{Applied, Binding, Follows, Stamp, Tombstone};
+pub use self::survey::{ProjectRecord, survey};
 pub(crate) use self::{
     dir::{Dir, Identity},
     notes::PullNote,

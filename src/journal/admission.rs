@@ -105,25 +105,10 @@ impl Page {
     /// The entry of a sighted task, made if it is new.
     fn sighted(&mut self, sighting: &Sighting) -> &mut Entry {
         if self.round(sighting.round).is_none() {
-            self.insert(Entry {
-                round: sighting.round,
-                digest: sighting.digest.clone(),
-                kind: sighting.kind,
-                project: sighting.project,
-                place: Place {
-                    generation: sighting.generation,
-                    arrived: sighting.arrived.unwrap_or(sighting.next_arrival),
-                },
-                phase: Phase::Waiting,
-                attempt: 0,
-                released: 0,
-                crashes: 0,
-                cancelled: false,
-                event: None,
-                owes_event: false,
-                owes_dead_letter: None,
-                seen: sighting.now,
-            });
+            let place =
+                Place { generation: sighting.generation, arrived: sighting.arrived.unwrap_or(sighting.next_arrival) };
+            let digest = sighting.digest.clone();
+            self.insert(Entry::new(sighting.round, digest, sighting.kind, sighting.project, place, sighting.now));
         }
         let entry = self.round_mut(sighting.round).expect("the entry was inserted above");
         entry.seen = sighting.now;

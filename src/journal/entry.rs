@@ -136,6 +136,27 @@ pub enum CancelAnswer {
 }
 
 impl Entry {
+    /// A task that is seen for the first time.
+    #[must_use]
+    pub fn new(round: Round, digest: String, kind: Kind, project: ProjectId, place: Place, now: Timestamp) -> Self {
+        Self {
+            round,
+            digest,
+            kind,
+            project,
+            place,
+            phase: Phase::Waiting,
+            attempt: 0,
+            released: 0,
+            crashes: 0,
+            cancelled: false,
+            event: None,
+            owes_event: false,
+            owes_dead_letter: None,
+            seen: now,
+        }
+    }
+
     /// Whether it has not ended.
     #[must_use]
     pub fn is_open(&self) -> bool {
@@ -210,14 +231,13 @@ impl Page {
         }
     }
 
-    /// Notes that a copy asking for `attempt` is held in a retry queue until `until`.
-    pub fn release(&mut self, round: Round, attempt: u32, until: Timestamp) {
-        if let Some(entry) = self.round_mut(round)
-            && entry.is_open()
-        {
-            entry.released = entry.released.max(attempt);
-            entry.phase = Phase::Released { until };
-        }
+    /// Notes that a copy asking for `attempt` is held in a retry queue until `until`. Returns the entry where a cancel
+    /// came meanwhile: whoever holds it must end it, the copy is answered on its return.
+    pub fn release(&mut self, round: Round, attempt: u32, until: Timestamp) -> Option<Entry> {
+        let entry = self.round_mut(round).filter(|entry| entry.is_open())?;
+        entry.released = entry.released.max(attempt);
+        entry.phase = Phase::Released { until };
+        entry.cancelled.then(|| entry.clone())
     }
 
     /// Ends a round. The first end wins: settling again returns what was recorded.

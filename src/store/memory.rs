@@ -5,18 +5,17 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use jiff::Timestamp;
 
-use super::{JournalError, Rows};
+use super::{JournalError, Rows, Write};
 use crate::{
     journal::Entry,
     protocol::{Round, TaskId},
 };
 
-/// Pages in memory. What was not committed is forgotten, as on disk.
+/// Pages in memory.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryRows {
-    now: Contents,
-    before: Option<Contents>,
-    /// Refuses every commit, as a full disk does.
+    contents: Contents,
+    /// Refuses every write, as a full disk does.
     full: std::sync::Arc<std::sync::atomic::AtomicBool>,
 }
 
@@ -27,7 +26,7 @@ struct Contents {
 }
 
 impl MemoryRows {
-    /// A switch that makes every commit fail while it is on.
+    /// A switch that makes every write fail while it is on.
     #[must_use]
     pub fn full_switch(&self) -> std::sync::Arc<std::sync::atomic::AtomicBool> {
         self.full.clone()
@@ -36,12 +35,23 @@ impl MemoryRows {
 
 #[async_trait]
 impl Rows for MemoryRows {
-    async fn begin(&mut self) -> Result<(), JournalError> {
-        self.before = Some(self.now.clone());
+    async fn write(&mut self, batch: &[Write]) -> Result<(), JournalError> {
+        self.replenish().await?;
+        for write in batch.iter().cloned() {
+            match write {
+                Write::Entry(task, entry) => drop(self.contents.entries.insert((task, entry.round), *entry)),
+                Write::Note(name, Some(value)) => drop(self.contents.notes.insert(name, value)),
+                Write::Note(name, None) => drop(self.contents.notes.remove(&name)),
+            }
+        }
         Ok(())
     }
 
-    async fn commit(&mut self) -> Result<(), JournalError> {
+    async fn relieve(&mut self) -> bool {
+        false
+    }
+
+    async fn replenish(&mut self) -> Result<(), JournalError> {
         if self.full.load(std::sync::atomic::Ordering::SeqCst) {
             return Err(JournalError::Database {
                 path: "memory".to_owned(),
@@ -49,24 +59,12 @@ impl Rows for MemoryRows {
                 reason: "it was told to be full".to_owned(),
             });
         }
-        self.before = None;
         Ok(())
-    }
-
-    async fn rollback(&mut self) {
-        if let Some(before) = self.before.take() {
-            self.now = before;
-        }
     }
 
     async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError> {
         let range = (task.clone(), 0)..=(task.clone(), Round::MAX);
-        Ok(self.now.entries.range(range).map(|(_, entry)| entry.clone()).collect())
-    }
-
-    async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError> {
-        self.now.entries.insert((task.clone(), entry.round), entry.clone());
-        Ok(())
+        Ok(self.contents.entries.range(range).map(|(_, entry)| entry.clone()).collect())
     }
 
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
@@ -78,24 +76,16 @@ impl Rows for MemoryRows {
     }
 
     async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
-        Ok(self.now.notes.get(name).cloned())
-    }
-
-    async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
-        match value {
-            Some(value) => drop(self.now.notes.insert(name.to_owned(), value.to_owned())),
-            None => drop(self.now.notes.remove(name)),
-        }
-        Ok(())
+        Ok(self.contents.notes.get(name).cloned())
     }
 
     async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {
-        Ok(self.now.notes.keys().filter(|name| name.starts_with(prefix)).cloned().collect())
+        Ok(self.contents.notes.keys().filter(|name| name.starts_with(prefix)).cloned().collect())
     }
 
     async fn prune(&mut self, limit: Timestamp, most: u32) -> Result<u64, JournalError> {
         let old: Vec<_> = self
-            .now
+            .contents
             .entries
             .iter()
             .filter(|(_, entry)| entry.seen < limit && !entry.owes())
@@ -103,7 +93,7 @@ impl Rows for MemoryRows {
             .take(usize::try_from(most).unwrap_or(usize::MAX))
             .collect();
         for key in &old {
-            self.now.entries.remove(key);
+            self.contents.entries.remove(key);
         }
         Ok(old.len() as u64)
     }
@@ -111,7 +101,7 @@ impl Rows for MemoryRows {
 
 impl MemoryRows {
     fn select(&self, wanted: impl Fn(&Entry) -> bool) -> Vec<(TaskId, Entry)> {
-        let chosen = self.now.entries.iter().filter(|(_, entry)| wanted(entry));
+        let chosen = self.contents.entries.iter().filter(|(_, entry)| wanted(entry));
         chosen.map(|((task, _), entry)| (task.clone(), entry.clone())).collect()
     }
 }

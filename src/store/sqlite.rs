@@ -1,15 +1,20 @@
 //! Pages in SQLite, in WAL mode with a full sync at each commit.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use rustix::fs::{FallocateFlags, fallocate};
 use sqlx::{
     ConnectOptions as _, Connection as _, Row as _, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
 
-use super::{JournalError, Rows};
+use super::{JournalError, Rows, Write};
 use crate::{journal::Entry, protocol::TaskId};
 
 /// The tables. An entry is one JSON text: only what is searched for has a column of its own.
@@ -28,6 +33,10 @@ CREATE INDEX IF NOT EXISTS entry_owes ON entry (task) WHERE owes;
 CREATE INDEX IF NOT EXISTS entry_waiting_clone ON entry (task) WHERE waiting_clone;
 CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 ";
+
+/// Held back on disk beside the database, so that what was begun on a disk that filled up can still be settled. A batch
+/// of the largest size writes less than this.
+const RESERVE: u64 = 4 * 1024 * 1024;
 
 /// Pages in an SQLite database.
 pub struct SqliteRows {
@@ -53,7 +62,58 @@ impl SqliteRows {
         let failed = |doing| move |error: sqlx::Error| database(path, doing, &error);
         let mut connection = SqliteConnection::connect_with(&options).await.map_err(failed("opened"))?;
         sqlx::raw_sql(SCHEMA).execute(&mut connection).await.map_err(failed("prepared"))?;
-        Ok(Self { connection, path: path.to_owned() })
+        let mut rows = Self { connection, path: path.to_owned() };
+        if let Err(error) = rows.replenish().await {
+            tracing::warn!(error = %error, "the journal starts without its reserve");
+        }
+        Ok(rows)
+    }
+
+    fn reserve(&self) -> PathBuf {
+        self.path.with_extension("reserve")
+    }
+
+    async fn write_all(&mut self, batch: &[Write]) -> Result<(), JournalError> {
+        self.run("written", "BEGIN IMMEDIATE").await?;
+        for write in batch {
+            match write {
+                Write::Entry(task, entry) => self.put(task, entry).await?,
+                Write::Note(name, value) => self.set_note(name, value.as_deref()).await?,
+            }
+        }
+        self.run("written", "COMMIT").await
+    }
+
+    async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError> {
+        let body = serde_json::to_string(entry).expect("an entry serialises");
+        let done = sqlx::query(
+            "INSERT INTO entry (task, round, seen, owes, waiting_clone, body) VALUES (?, ?, ?, ?, ?, ?)
+             ON CONFLICT (task, round) DO UPDATE SET
+             seen = excluded.seen, owes = excluded.owes, waiting_clone = excluded.waiting_clone, body = excluded.body",
+        )
+        .bind(task.as_str())
+        .bind(i64::from(entry.round))
+        .bind(entry.seen.as_second())
+        .bind(entry.owes())
+        .bind(entry.waiting_clone().is_some())
+        .bind(body)
+        .execute(&mut self.connection)
+        .await;
+        done.map(drop).map_err(self.written())
+    }
+
+    async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
+        let done = match value {
+            Some(value) => sqlx::query(
+                "INSERT INTO note (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            )
+            .bind(name)
+            .bind(value)
+            .execute(&mut self.connection)
+            .await,
+            None => sqlx::query("DELETE FROM note WHERE name = ?").bind(name).execute(&mut self.connection).await,
+        };
+        done.map(drop).map_err(self.written())
     }
 
     async fn run(&mut self, doing: &'static str, sql: &'static str) -> Result<(), JournalError> {
@@ -93,17 +153,33 @@ fn database(path: &Path, doing: &'static str, error: &sqlx::Error) -> JournalErr
 
 #[async_trait]
 impl Rows for SqliteRows {
-    async fn begin(&mut self) -> Result<(), JournalError> {
-        self.run("written", "BEGIN IMMEDIATE").await
+    async fn write(&mut self, batch: &[Write]) -> Result<(), JournalError> {
+        let written = self.write_all(batch).await;
+        if written.is_err() {
+            // Fails where SQLite has rolled back by itself; either way nothing of the batch is left.
+            drop(self.run("rolled back", "ROLLBACK").await);
+        }
+        written
     }
 
-    async fn commit(&mut self) -> Result<(), JournalError> {
-        self.run("written", "COMMIT").await
+    async fn relieve(&mut self) -> bool {
+        std::fs::remove_file(self.reserve()).is_ok()
     }
 
-    async fn rollback(&mut self) {
-        // Fails where SQLite has rolled back by itself; either way nothing of the batch is left.
-        drop(self.run("rolled back", "ROLLBACK").await);
+    async fn replenish(&mut self) -> Result<(), JournalError> {
+        let path = self.reserve();
+        let made = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).and_then(|file| {
+            // Allocated, not sparse: a hole would hold nothing back.
+            fallocate(&file, FallocateFlags::empty(), 0, RESERVE)?;
+            file.sync_all()
+        });
+        if let Err(error) = made {
+            drop(std::fs::remove_file(&path));
+            let reason = format!("no room for its reserve: {error}");
+            return Err(JournalError::Database { path: path.display().to_string(), doing: "written", reason });
+        }
+        let probe = [Write::Note("probe".to_owned(), Some(Timestamp::now().to_string()))];
+        self.write(&probe).await
     }
 
     async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError> {
@@ -113,24 +189,6 @@ impl Rows for SqliteRows {
             .await
             .map_err(self.read())?;
         Ok(self.entries_of(rows).into_iter().map(|(_, entry)| entry).collect())
-    }
-
-    async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError> {
-        let body = serde_json::to_string(entry).expect("an entry serialises");
-        let done = sqlx::query(
-            "INSERT INTO entry (task, round, seen, owes, waiting_clone, body) VALUES (?, ?, ?, ?, ?, ?)
-             ON CONFLICT (task, round) DO UPDATE SET
-             seen = excluded.seen, owes = excluded.owes, waiting_clone = excluded.waiting_clone, body = excluded.body",
-        )
-        .bind(task.as_str())
-        .bind(i64::from(entry.round))
-        .bind(entry.seen.as_second())
-        .bind(entry.owes())
-        .bind(entry.waiting_clone().is_some())
-        .bind(body)
-        .execute(&mut self.connection)
-        .await;
-        done.map(drop).map_err(self.written())
     }
 
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
@@ -156,20 +214,6 @@ impl Rows for SqliteRows {
             .await
             .map_err(self.read())?;
         Ok(row.map(|row| row.get(0)))
-    }
-
-    async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
-        let done = match value {
-            Some(value) => sqlx::query(
-                "INSERT INTO note (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            )
-            .bind(name)
-            .bind(value)
-            .execute(&mut self.connection)
-            .await,
-            None => sqlx::query("DELETE FROM note WHERE name = ?").bind(name).execute(&mut self.connection).await,
-        };
-        done.map(drop).map_err(self.written())
     }
 
     async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {

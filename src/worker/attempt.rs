@@ -12,18 +12,24 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Interrupted, Worker, arrival::Arrival, reporter::About, step::Step, turns::Turn};
+use super::{
+    Interrupted, Worker,
+    arrival::Arrival,
+    reporter::About,
+    step::{Observe, Step},
+    turns::Turn,
+};
 use crate::{
     execute::Job,
     failure::{ErrorClass, Failure},
     git::{Fence, Run},
     journal::{Admission, Entry, Ticket},
-    protocol::{Outcome, Progress},
+    protocol::{Outcome, Progress, TaskId},
     retry::Next,
 };
 
 /// How long a task that goes round uncharged stays away.
-const ROUND_TRIP: Duration = Duration::from_secs(1);
+const ROUND_TRIP: Duration = Duration::from_secs(5);
 /// How long a task that waits for its project's clone stays away.
 const BEHIND_A_CLONE: Duration = Duration::from_secs(5);
 /// At most one progress event of a task in this time.
@@ -73,12 +79,20 @@ impl Ending {
 }
 
 /// The last question before the point of no return.
-struct StillWanted(CancellationToken);
+struct StillWanted {
+    stop: CancellationToken,
+    observer: Arc<dyn Observe>,
+    task: TaskId,
+}
 
 #[async_trait]
 impl Fence for StillWanted {
     async fn check(&self) -> Result<(), Failure> {
-        if self.0.is_cancelled() { Err(Failure::internal("cancelled")) } else { Ok(()) }
+        if self.stop.is_cancelled() {
+            return Err(Failure::internal("cancelled"));
+        }
+        self.observer.reached(Step::Asked, Some(&self.task));
+        Ok(())
     }
 }
 
@@ -168,12 +182,14 @@ impl Worker {
             }
         };
         let stop = arrival.cancel.child_token();
+        let fence =
+            StillWanted { stop: stop.clone(), observer: self.observer.clone(), task: arrival.key.task_id.clone() };
         let run = Run {
             deadline: started + limits.timeout,
             stall: limits.stall,
             cancel: stop.clone(),
             progress: &progress,
-            fence: &StillWanted(stop.clone()),
+            fence: &fence,
         };
         let job =
             Job { task: arrival.task.clone(), round: arrival.key.round, attempt: ticket.attempt, place: ticket.place };

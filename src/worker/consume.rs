@@ -248,7 +248,7 @@ impl Worker {
     }
 
     async fn journal_is_back(&self) -> bool {
-        let written = self.journal.set_note("probe", Some(&self.clock.now().to_string())).await;
+        let written = self.journal.probe().await;
         if written.is_ok() {
             self.trouble.send_replace(false);
             self.readiness.send_modify(|readiness| readiness.journal = true);

@@ -14,7 +14,7 @@ use crate::{
     broker::{Outgoing, PublishError, topology::RETRY_DELAYS},
     execute::ProjectState,
     failure::Failure,
-    journal::{Concluded, Debt, Entry, Envelope, Key, Phase, Ticket},
+    journal::{Concluded, Debt, Entry, Envelope, Key, Ticket},
     protocol::{
         NodeName, Outcome, Place, TaskId,
         wire::{CopyHeaders, Identity, Message, Undecodable, without_secrets},
@@ -157,7 +157,7 @@ impl Worker {
     }
 
     /// Publishes the copy that asks for another attempt, then notes it.
-    pub(super) async fn release(&self, arrival: &Arrival, again: Again) -> Result<(), Interrupted> {
+    pub(super) async fn release(self: &Arc<Self>, arrival: &Arrival, again: Again) -> Result<(), Interrupted> {
         let next = NextAttempt {
             attempt: again.attempt,
             place: again.ticket.place,
@@ -175,12 +175,15 @@ impl Worker {
         self.deliver(Envelope { exchange, routing_key: self.settings.node.to_string(), message }, false).await?;
         self.observer.reached(Step::CopyConfirmed, Some(&arrival.key.task_id));
         let (round, attempt) = (arrival.key.round, again.attempt);
-        let noted = self.journal.step(&arrival.key.task_id, self.clock.now(), move |step| {
-            step.page.release(round, attempt, due);
-        });
-        noted.await?;
+        let noted = self
+            .journal
+            .step(&arrival.key.task_id, self.clock.now(), move |step| step.page.release(round, attempt, due));
+        let cancelled = noted.await?;
         self.observer.reached(Step::CopyNoted, Some(&arrival.key.task_id));
-        Ok(())
+        match cancelled {
+            Some(entry) => self.settle_unheld(arrival.key.task_id.clone(), entry, Outcome::Cancelled).await,
+            None => Ok(()),
+        }
     }
 
     /// Publishes a task that belongs to another node into that node's queue; a node that is not enrolled makes it a
@@ -235,28 +238,15 @@ impl Worker {
         };
         let event = self.reporter.terminal(&about, &outcome);
         let key = Key { task_id: identity.task_id.clone(), round: headers.round };
-        let place = Place { generation: identity.generation, arrived: headers.arrived.unwrap_or_default() };
+        // A place in the future would push every later arrival behind it.
+        let arrived = headers.arrived.map_or(0, |arrived| arrived.min(now.as_microsecond()));
+        let place = Place { generation: identity.generation, arrived };
         let (kind, project, round, dead_copy) = (identity.kind, identity.project_id, headers.round, dead.clone());
         let step = self.journal.step(&key.task_id, now, move |step| {
             match step.page.round(round) {
                 Some(known) if known.digest != digest => return None,
                 Some(_) => {}
-                None => step.page.insert(Entry {
-                    round,
-                    digest,
-                    kind,
-                    project,
-                    place,
-                    phase: Phase::Waiting,
-                    attempt: 0,
-                    released: 0,
-                    crashes: 0,
-                    cancelled: false,
-                    event: None,
-                    owes_event: false,
-                    owes_dead_letter: None,
-                    seen: now,
-                }),
+                None => step.page.insert(Entry::new(round, digest, kind, project, place, now)),
             }
             step.page.settle(round, outcome.status(), event, Some(dead_copy));
             step.page.round(round).cloned()

@@ -19,6 +19,8 @@ pub enum Step {
     Turn,
     /// The journal knows that an attempt runs.
     Begun,
+    /// The executor asked for the last time before the point of no return, and goes on.
+    Asked,
     /// The attempt has ended.
     Executed,
     /// The journal knows the outcome and what is owed.
@@ -41,13 +43,14 @@ pub enum Step {
 
 impl Step {
     /// Every step, in order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Received,
         Self::Decoded,
         Self::Admitted,
         Self::Queued,
         Self::Turn,
         Self::Begun,
+        Self::Asked,
         Self::Executed,
         Self::Settled,
         Self::DeadLetterConfirmed,
@@ -69,6 +72,7 @@ impl Step {
             Self::Queued => "queued",
             Self::Turn => "turn",
             Self::Begun => "begun",
+            Self::Asked => "asked",
             Self::Executed => "executed",
             Self::Settled => "settled",
             Self::DeadLetterConfirmed => "dead-letter-confirmed",

@@ -24,7 +24,7 @@ use haul::{
         wire::{CONTENT_TYPE, Message, header},
     },
     retry::RetrySettings,
-    store::{Journal, JournalError, MemoryRows, Rows},
+    store::{Journal, JournalError, MemoryRows, Rows, Write},
     worker::{Clock, Observe, Parts, Step, Worker, WorkerError, WorkerSettings},
 };
 use jiff::Timestamp;
@@ -50,6 +50,10 @@ pub enum Script {
     Take(Duration),
     /// Goes on until it is stopped.
     UntilStopped,
+    /// Panics.
+    Panic,
+    /// Never ends, whatever it is told.
+    Stuck,
     /// Succeeds after this time and does not heed a stop.
     IgnoreStop(Duration),
 }
@@ -113,6 +117,8 @@ impl Execute for Obedient {
                 run.cancel.cancelled().await;
                 return Err(stopped());
             }
+            Script::Panic => panic!("told to panic"),
+            Script::Stuck => std::future::pending().await,
             Script::IgnoreStop(time) => tokio::time::sleep(time).await,
         }
         if job.task.kind().changes_project() {
@@ -390,6 +396,25 @@ impl Pipeline {
         .await
     }
 
+    /// Waits for a task's end, whichever it is; returns its terminal events, repetitions included.
+    pub async fn ended_somehow(&self, id: &str) -> Vec<Event> {
+        self.until(&format!("{id} to end"), || Some(self.terminal_events(id)).filter(|ends| !ends.is_empty())).await
+    }
+
+    /// Whether a task ended in a way that leaves a dead letter.
+    pub fn must_be_dead_lettered(&self, id: &str) -> bool {
+        let ends = self.terminal_events(id);
+        let failed = |event: &Event| matches!(event.status, Status::Failed | Status::Rejected);
+        let conflict = |event: &Event| event.error.as_ref().is_some_and(|error| error.class == ErrorClass::Conflict);
+        ends.iter().any(|event| failed(event) && !conflict(event))
+    }
+
+    /// Dead letters of different tasks: a copy that was paid again after a crash has the same identity.
+    pub fn distinct_dead_letters(&self) -> usize {
+        let letters = self.broker.messages("haul.dead");
+        letters.into_iter().map(|letter| letter.message_id).collect::<HashSet<_>>().len()
+    }
+
     /// The trace context of a task's terminal event.
     pub fn trace_of(&self, id: &str) -> Option<String> {
         self.seen.lock().unwrap().traces.get(id).cloned()
@@ -581,20 +606,17 @@ impl MortalRows {
 
 #[async_trait]
 impl Rows for MortalRows {
-    async fn begin(&mut self) -> Result<(), JournalError> {
-        self.alive().await?.begin().await
+    async fn write(&mut self, batch: &[Write]) -> Result<(), JournalError> {
+        self.alive().await?.write(batch).await
     }
-    async fn commit(&mut self) -> Result<(), JournalError> {
-        self.alive().await?.commit().await
+    async fn relieve(&mut self) -> bool {
+        false
     }
-    async fn rollback(&mut self) {
-        self.rows.lock().await.rollback().await;
+    async fn replenish(&mut self) -> Result<(), JournalError> {
+        self.alive().await?.replenish().await
     }
     async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError> {
         self.alive().await?.entries(task).await
-    }
-    async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError> {
-        self.alive().await?.put(task, entry).await
     }
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
         self.alive().await?.owing().await
@@ -604,9 +626,6 @@ impl Rows for MortalRows {
     }
     async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
         self.alive().await?.note(name).await
-    }
-    async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
-        self.alive().await?.set_note(name, value).await
     }
     async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {
         self.alive().await?.notes(prefix).await
