@@ -365,7 +365,8 @@ async fn the_doctor_finds_an_agents_broker_in_order() {
     agent.ready().await;
     let (code, findings) = haul(&agent, &["topology", "doctor", "--json"]).await;
     let findings = findings[0].as_array().unwrap();
-    println!("{code}: {findings:#?}");
-    assert!(findings.iter().all(|finding| finding["severity"] != "red"), "{findings:#?}");
     assert_eq!(code, 0, "{findings:#?}");
+    // What a broker older than the one that is recommended is told, and that alone.
+    let known = |finding: &Value| finding["severity"] == "yellow" && finding["subject"] == "broker";
+    assert!(findings.iter().all(known), "{findings:#?}");
 }
