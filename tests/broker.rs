@@ -146,6 +146,7 @@ conformance! {
     missing_names_what_does_not_exist,
     browsing_a_hundred_times_keeps_order_and_loses_nothing,
     a_message_can_be_taken_while_browsing,
+    a_browse_in_which_everything_was_taken_ends_in_order,
     a_browse_that_is_dropped_gives_back,
     a_queue_that_does_not_exist_is_refused,
 }
@@ -468,6 +469,19 @@ async fn a_message_can_be_taken_while_browsing(fixture: Fixture) {
         assert_eq!(id(&delivery), expected);
         delivery.ack().await.unwrap();
     }
+}
+
+async fn a_browse_in_which_everything_was_taken_ends_in_order(fixture: Fixture) {
+    fixture.declared().await;
+    // What the broker makes of the end is told in time only now and then.
+    for _ in 0..20 {
+        fixture.publish("one").await;
+        fixture.ready("queue", 1).await;
+        let mut browse = fixture.broker.browse(&fixture.name("queue")).await.unwrap();
+        browse.next().await.unwrap().unwrap().ack().await.unwrap();
+        browse.give_back().await.unwrap();
+    }
+    fixture.ready("queue", 0).await;
 }
 
 async fn a_browse_that_is_dropped_gives_back(fixture: Fixture) {

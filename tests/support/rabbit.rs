@@ -47,9 +47,18 @@ impl Rabbit {
 
     /// A node in a directory of [`Rabbit::directory`].
     pub(crate) fn start_in(directory: PathBuf, configuration: &[&str]) -> Self {
+        Self::launch(directory, configuration, &[])
+    }
+
+    /// A node of one's own with these plugins beside management.
+    pub(crate) fn start_with_plugins(plugins: &str) -> Self {
+        Self::launch(Self::directory(), &[], &["--plugins", &format!("rabbitmq_management,{plugins}")])
+    }
+
+    fn launch(directory: PathBuf, configuration: &[&str], options: &[&str]) -> Self {
         let version = std::env::var("HAUL_TEST_BROKER").unwrap_or_else(|_| "3.10".to_owned());
         let mut command = script("start", &directory);
-        command.args(["--version", &version, "--owner", &std::process::id().to_string()]);
+        command.args(["--version", &version, "--owner", &std::process::id().to_string()]).args(options);
         for line in configuration {
             command.args(["--conf", line]);
         }

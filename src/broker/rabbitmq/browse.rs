@@ -11,14 +11,17 @@ use super::{
 };
 use crate::broker::{BrokerError, Browse, Delivery};
 
+/// The delivery tag that, with `multiple`, means every message that is held.
+const ALL: u64 = 0;
+
 /// A reader with a connection of its own: whatever ends it, the broker gives back what it holds.
 pub(super) struct Reader {
     queue: String,
     hold: Arc<Hold>,
     channel: Channel,
     connection: Connection,
-    /// The last delivery tag that was read.
-    last: Option<u64>,
+    /// Whether anything was read.
+    has_read: bool,
 }
 
 impl Reader {
@@ -32,7 +35,7 @@ impl Reader {
         let super::link::Line::Own(connection) = line else { unreachable!("it was made three lines above") };
         let channel = connection.create_channel().await.map_err(|error| declare::refused("a channel", &error))?;
         let hold = Hold::new(channel.clone());
-        Ok(Self { queue: queue.to_owned(), hold, channel, connection, last: None })
+        Ok(Self { queue: queue.to_owned(), hold, channel, connection, has_read: false })
     }
 }
 
@@ -43,17 +46,18 @@ impl Browse for Reader {
         let Some(got) = read.map_err(|error| declare::refused(&format!("queue {:?}", self.queue), &error))? else {
             return Ok(None);
         };
-        self.last = Some(got.delivery.delivery_tag);
+        self.has_read = true;
         Ok(Some(Tag::deliver(got.delivery, &self.hold)))
     }
 
     async fn give_back(self: Box<Self>) -> Result<(), BrokerError> {
         let what = format!("queue {:?}", self.queue);
         self.hold.end();
-        if let Some(last) = self.last {
-            // One step for all of them: so they return to their places. Those settled before are not affected.
+        if self.has_read {
+            // One step for all of them: so they return to their places. Those settled before are not affected, and tag
+            // zero means all that are left, even if that is none; the last one's own tag is unknown once it is settled.
             let options = BasicNackOptions { multiple: true, requeue: true };
-            self.channel.basic_nack(last, options).await.map_err(|error| declare::refused(&what, &error))?;
+            self.channel.basic_nack(ALL, options).await.map_err(|error| declare::refused(&what, &error))?;
         }
         // The broker's answer to the close comes after it has dealt with the nack.
         self.channel.close(200, "read".into()).await.map_err(|error| declare::refused(&what, &error))?;
