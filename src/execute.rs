@@ -4,6 +4,7 @@ mod clone;
 mod delete;
 mod executor;
 mod pull;
+mod reserve;
 mod status;
 
 use std::time::Duration;

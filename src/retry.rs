@@ -68,6 +68,13 @@ impl RetrySettings {
         Ok(())
     }
 
+    /// The longest wait that [`RetrySettings::decide`] can ask for: what a copy asks for beyond it is not from us.
+    #[must_use]
+    pub fn longest_wait(&self) -> Duration {
+        // A Retry-After goes on top of the series, and jitter on top of that.
+        self.defer_max.saturating_add(spread(self.cap, 1.0))
+    }
+
     /// Decides what follows when `attempt` (from 1) failed at `now`.
     ///
     /// `deferred_since` is when the task was first deferred, if it was; `jitter` is a random number in `0..1`.
@@ -180,6 +187,21 @@ mod tests {
     fn retry_after_is_a_lower_bound() {
         let throttled = failure(ErrorClass::Throttled).not_before(Duration::from_secs(30));
         assert_eq!(decide(1, throttled), Next::Retry(Duration::from_secs(31)));
+    }
+
+    #[test]
+    fn no_wait_is_longer_than_the_longest() {
+        let settings = RetrySettings { max_attempts: 100, ..RetrySettings::default() };
+        for deferred in [false, true] {
+            let mut failure = failure(ErrorClass::Throttled).not_before(Duration::MAX);
+            failure.deferred = deferred;
+            let (Next::Retry(wait) | Next::Defer(wait)) =
+                settings.decide(99, failure, None, Timestamp::UNIX_EPOCH, 1.0)
+            else {
+                panic!("it gave up")
+            };
+            assert!(wait <= settings.longest_wait(), "{wait:?}");
+        }
     }
 
     #[test]

@@ -228,7 +228,7 @@ impl Worker {
     /// Step 3: asks the journal what this delivery is.
     async fn admit(self: &Arc<Self>, arrival: &Arrival) -> Result<Admission, Interrupted> {
         let mark = self.executor.project(arrival.task.project).await.mark;
-        let sighting = arrival.sighting(mark, &self.boot, self.clock.now());
+        let sighting = arrival.sighting(mark, &self.boot, self.clock.now(), self.settings.retry.longest_wait());
         let (now, project) = (sighting.now, sighting.project);
         let step = self.journal.step(&arrival.key.task_id, now, move |step| {
             let mut sighting = sighting;

@@ -160,7 +160,7 @@ pub(super) async fn open_executor(config: &Config) -> Result<Arc<dyn Execute>, C
     // The path of the running binary, even where it has been replaced on disk meanwhile.
     let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
     let projects = config.projects();
-    let executor = GitExecutor::open(&config.git, &config.storage_path, &projects, program).await;
+    let executor = GitExecutor::open(&config.git, &config.storage_path, &projects, program, config.disk.reserve).await;
     let refused =
         |path: &Path, error| CliError::Projects(format!("the projects at {} cannot be used: {error}", path.display()));
     Ok(Arc::new(executor.map_err(|error| refused(&projects, error))?))

@@ -1,4 +1,8 @@
 //! Clone: a mirror brought up to date, a project made apart from view, one rename.
+//!
+//! A project gets every object that its mirror holds, also those of branches that it does not track: copying packs whole
+//! is several times as fast as picking objects out of them. A clone of a single branch is therefore narrow in what it
+//! fetches and tracks, and as large as its mirror where other projects made that hold more.
 
 use std::{sync::Arc, time::Instant};
 
@@ -68,6 +72,7 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
         Revision::Branch(name) if work.single_branch => Want::Branch(name.as_str().to_owned()),
         _ => Want::All,
     };
+    git.reserve.check().await?;
     let fetched = git.mirrors.fetch(&work.url, work.credential.as_ref(), &want, run).await?;
     let (follows, object) = resolve(&work.revision, &fetched.listing)?;
     expected(work, &follows, object.as_deref(), &fetched.listing)?;
@@ -114,6 +119,7 @@ async fn made(
     staging: &Arc<Staging>,
     run: &Run<'_>,
 ) -> Result<TaskResult, Failure> {
+    git.reserve.check_copy(&fetched.path).await?;
     copy_objects(fetched, staging, run).await?;
     let order = Make {
         url: work.url.as_str().to_owned(),
@@ -122,6 +128,7 @@ async fn made(
         object,
         single_branch: work.single_branch,
         budget: git.budget(),
+        reserve: git.reserve.bytes(),
     };
     let made = workspace::make(&git.children, staging.handle()?, order, run).await?;
     let staged = Arc::clone(staging);

@@ -1,6 +1,9 @@
 //! Delete: out of view by one rename, forgotten, and then removed.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{
     Job,
@@ -8,7 +11,7 @@ use super::{
 };
 use crate::{
     failure::Failure,
-    git::Run,
+    git::{Binding, Run},
     protocol::{DeleteTask, Progress, ProjectId, TargetPath, TaskResult},
 };
 
@@ -30,6 +33,9 @@ pub(super) async fn execute(
     // From here on the project is deleted, whatever becomes of what is left of it.
     if let Some(buried) = buried {
         remove(git, buried, run).await;
+    }
+    if let Some(binding) = &binding {
+        remove_mirror(git, binding).await;
     }
     Ok(TaskResult { local_path: binding.map(|binding| binding.target), ..TaskResult::default() })
 }
@@ -78,5 +84,15 @@ async fn remove(git: &GitExecutor, buried: String, run: &Run<'_>) {
     };
     if let Err(error) = removed {
         tracing::warn!(%error, "a deleted project is out of view but not wholly removed; the next start goes on");
+    }
+}
+
+/// Removes the mirror of a project that was the last one on it; who fetches into it just now keeps it.
+async fn remove_mirror(git: &GitExecutor, binding: &Binding) {
+    let key = binding.mirror();
+    let (projects, searched) = (Arc::clone(&git.projects), key.clone());
+    let removed = git.mirrors.remove(&key, move || projects.mirrored().contains(&searched)).await;
+    if let Err(error) = removed {
+        tracing::warn!(%error, "the mirror of a deleted project cannot be removed; a later start tries again");
     }
 }

@@ -6,8 +6,9 @@ use std::{
 };
 
 use async_trait::async_trait;
+use bytesize::ByteSize;
 
-use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, status};
+use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Reserve, status};
 use crate::{
     failure::Failure,
     git::{Budget, Children, GitSettings, Mirrors, Projects, Run, Stamp},
@@ -20,12 +21,14 @@ pub struct GitExecutor {
     pub(super) children: Children,
     pub(super) mirrors: Mirrors,
     pub(super) projects: Arc<Projects>,
+    pub(super) reserve: Reserve,
 }
 
 impl GitExecutor {
     /// Opens the projects directory and the mirrors, and sweeps what a crash left in them.
     ///
-    /// `program` is the `haul` binary, whose children do the work.
+    /// `program` is the `haul` binary, whose children do the work. With less than `reserve` free no clone and no pull
+    /// begins.
     ///
     /// # Errors
     /// When a directory is a link or cannot be made, read or written.
@@ -34,12 +37,16 @@ impl GitExecutor {
         storage: &Path,
         projects: &Path,
         program: PathBuf,
+        reserve: ByteSize,
     ) -> Result<Self, Failure> {
+        let reserve = Reserve::new(reserve, storage, projects);
         let children = Children::new(program, settings.kill_grace)?;
         let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
         let path = projects.to_owned();
         let projects = blocking(move || Projects::open(&path)).await?;
-        Ok(Self { settings: settings.clone(), children, mirrors, projects: Arc::new(projects) })
+        let bound = projects.mirrored();
+        mirrors.remove_unused(move |key| bound.contains(key)).await?;
+        Ok(Self { settings: settings.clone(), children, mirrors, projects: Arc::new(projects), reserve })
     }
 
     /// How large a tree may be.

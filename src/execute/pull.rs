@@ -34,6 +34,7 @@ pub(super) async fn execute(
     if let Some(url) = work.url.as_ref().filter(|url| url.as_str() != binding.url) {
         return Err(Failure::conflict(format!("{} follows {}, not {url}", binding.target, binding.url)));
     }
+    git.reserve.check().await?;
     let order = Look { refs: true, status: false };
     let looked = workspace::look(&git.children, dir.handle()?, order, run).await?;
     if looked.busy {

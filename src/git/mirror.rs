@@ -1,13 +1,15 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod upkeep;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fmt::Write as _,
-    fs::{self, File, OpenOptions},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    fs::{File, OpenOptions},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use rustix::{
@@ -32,6 +34,8 @@ use crate::{
 
 /// How often a lock that somebody holds is tried again.
 const LOCK_POLL: Duration = Duration::from_millis(50);
+
+pub(super) use self::upkeep::sweep;
 
 /// What a fetch is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,7 +118,7 @@ impl Mirrors {
     pub async fn open(storage: &Path, settings: &GitSettings, children: Children) -> Result<Self, Failure> {
         let directory = storage.join(".haul").join("mirrors");
         let swept = directory.clone();
-        tokio::task::spawn_blocking(move || sweep_all(&swept))
+        tokio::task::spawn_blocking(move || upkeep::sweep_all(&swept))
             .await
             .map_err(|error| Failure::internal(format!("sweeping the mirrors failed: {error}")))??;
         Ok(Self {
@@ -154,7 +158,7 @@ impl Mirrors {
             Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url.scheme())?),
             None => None,
         };
-        let key = key(url, credential);
+        let key = key(url.as_str(), credential.map(CredentialName::as_str));
         let path = self.directory.join(format!("{key}.git"));
         let flight = self.flight(&key);
         let _turn = child::within(run, None, flight.lock()).await?;
@@ -195,11 +199,11 @@ impl Mirrors {
 
 /// The name of a mirror: its upstream and the credential it is read with. What one credential may see is never
 /// served to another.
-fn key(url: &GitUrl, credential: Option<&CredentialName>) -> String {
+pub(super) fn key(url: &str, credential: Option<&str>) -> String {
     let mut hash = Sha256::new();
-    hash.update(url.as_str());
+    hash.update(url);
     hash.update([0]);
-    hash.update(credential.map_or("", CredentialName::as_str));
+    hash.update(credential.unwrap_or_default());
     hash.finalize().iter().fold(String::with_capacity(64), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text
@@ -209,7 +213,9 @@ fn key(url: &GitUrl, credential: Option<&CredentialName>) -> String {
 /// Takes the shared lock at `path`, which waits only for the upkeep of the mirror.
 async fn lock_shared(path: PathBuf, run: &Run<'_>) -> Result<File, Failure> {
     let file = tokio::task::spawn_blocking(move || {
-        OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+        // Tells when the mirror was last used.
+        file.set_modified(SystemTime::now()).map(|()| file)
     })
     .await
     .map_err(|error| Failure::internal(error.to_string()))??;
@@ -225,85 +231,18 @@ async fn lock_shared(path: PathBuf, run: &Run<'_>) -> Result<File, Failure> {
     Ok(file)
 }
 
-/// Makes `directory` and removes from all mirrors what killed transfers left.
-fn sweep_all(directory: &Path) -> Result<(), Failure> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if name.contains(".git.new-") || name.contains(".git.old-") {
-            fs::remove_dir_all(&path)?;
-        } else if path.extension().is_some_and(|extension| extension == "git") {
-            sweep(&path)?;
-        }
-    }
-    Ok(())
-}
-
-/// Removes from one mirror what killed transfers left; nobody may be writing to it.
-pub(super) fn sweep(mirror: &Path) -> Result<(), Failure> {
-    for directory in [mirror.join("objects/pack"), mirror.to_owned()] {
-        let entries = match fs::read_dir(&directory) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error.into()),
-        };
-        for entry in entries {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            let ends = |end: &str| path.extension().is_some_and(|extension| extension == end);
-            // A pack is no use without its index, and was never announced.
-            let half = ends("pack") && !path.with_extension("idx").exists();
-            if name.starts_with(".tmp") || name.starts_with("tmp_") || ends("keep") || ends("lock") || half {
-                fs::remove_file(&path)?;
-            }
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_mirror_belongs_to_one_upstream_and_one_credential() {
-        let url = |text| GitUrl::parse(text).unwrap();
-        let name = |text: &str| CredentialName::new(text).unwrap();
-        let a = key(&url("https://h.example/x"), None);
+        let key = |url, credential| key(GitUrl::parse(url).unwrap().as_str(), credential);
+        let a = key("https://h.example/x", None);
         assert_eq!(a.len(), 64);
-        assert_eq!(a, key(&url("https://H.example/x"), None));
-        assert_ne!(a, key(&url("https://h.example/y"), None));
-        assert_ne!(a, key(&url("https://h.example/x"), Some(&name("team"))));
-        assert_ne!(
-            key(&url("https://h.example/x"), Some(&name("a"))),
-            key(&url("https://h.example/x"), Some(&name("b")))
-        );
-    }
-
-    #[test]
-    fn a_sweep_takes_what_a_killed_transfer_left_and_nothing_else() {
-        let directory = tempfile::tempdir().unwrap();
-        let pack = directory.path().join("a.git/objects/pack");
-        fs::create_dir_all(&pack).unwrap();
-        fs::create_dir_all(directory.path().join("b.git.new-77/objects")).unwrap();
-        let all = [".tmpAbC", "tmp_pack_1", "pack-1.keep", "pack-1.pack", "pack-1.idx", "pack-2.pack"];
-        for name in all {
-            fs::write(pack.join(name), "x").unwrap();
-        }
-        for name in ["HEAD", "packed-refs", "packed-refs.lock"] {
-            fs::write(directory.path().join("a.git").join(name), "x").unwrap();
-        }
-        fs::write(directory.path().join("a.lock"), "").unwrap();
-        sweep_all(directory.path()).unwrap();
-        let names = |path: &Path| {
-            let mut names: Vec<_> =
-                fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-            names.sort();
-            names
-        };
-        assert_eq!(names(&pack), ["pack-1.idx", "pack-1.pack"]);
-        assert_eq!(names(&directory.path().join("a.git")), ["HEAD", "objects", "packed-refs"]);
-        assert_eq!(names(directory.path()), ["a.git", "a.lock"]);
+        assert_eq!(a, key("https://H.example/x", None));
+        assert_ne!(a, key("https://h.example/y", None));
+        assert_ne!(a, key("https://h.example/x", Some("team")));
+        assert_ne!(key("https://h.example/x", Some("a")), key("https://h.example/x", Some("b")));
     }
 }

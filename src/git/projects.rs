@@ -22,7 +22,7 @@ mod start;
 mod survey;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::OsStr,
     io,
     path::{Path, PathBuf},
@@ -319,6 +319,11 @@ impl Projects {
             self.known().tombstones.insert(project, tombstone);
         }
         Ok(())
+    }
+
+    /// The keys of the mirrors that projects are bound to.
+    pub(crate) fn mirrored(&self) -> HashSet<String> {
+        self.known().bindings.values().map(Binding::mirror).collect()
     }
 
     /// Whose project a directory is, by its name.

@@ -37,6 +37,11 @@ pub struct GitSettings {
     pub ca_file: Option<PathBuf>,
     /// File of known hosts for ssh.
     pub known_hosts: Option<PathBuf>,
+    /// Whether a mirror is kept when the last project cloned from it is deleted.
+    ///
+    /// Not by default: whoever deletes a project expects its disk back and its content gone from the node. A node that
+    /// clones the same upstreams again and again may keep them.
+    pub keep_mirrors: bool,
     /// The most files that a project may have.
     pub max_files: u64,
     /// The most bytes that a project's files may have.
@@ -58,6 +63,7 @@ impl Default for GitSettings {
             credentials_path: None,
             ca_file: None,
             known_hosts: None,
+            keep_mirrors: false,
             max_files: 1_000_000,
             max_bytes: ByteSize::gib(20),
         }

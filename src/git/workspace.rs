@@ -6,13 +6,16 @@
 mod apply;
 mod backup;
 mod guard;
+mod index;
 mod look;
 mod make;
 mod open;
 mod plan;
 mod pull;
+mod pulse;
 mod receive;
 mod skeleton;
+mod waiting;
 mod walk;
 
 use std::{fs::OpenOptions, os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
@@ -132,11 +135,11 @@ fn altered(failure: Failure) -> Failure {
 pub(super) fn main() -> ExitCode {
     serve(|request: Request, reporter| {
         let directory = directory(request.directory)?;
-        match request.order {
+        pulse::with(reporter, || match request.order {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
             Order::Look(order) => value(look::run(&directory, &order, reporter)?),
             Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
-        }
+        })
     })
 }
 

@@ -25,6 +25,9 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// How the tokens of well-known services begin: as the name of a credential they are a secret in the wrong field.
+const TOKENS: [&str; 8] = ["ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xoxb-"];
+
 /// What a schema can say of a target path: no reserved beginning, no character that is refused, no odd end.
 pub(super) const TARGET_PATTERN: &str =
     r#"^(?![.\-~ ])[^/\\:*?"<>|%\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]*(?<![ .])$"#;
@@ -118,13 +121,15 @@ impl CredentialName {
         let fits = (1..=64).contains(&name.len())
             && !name.starts_with(['.', '-'])
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-        if fits {
-            Ok(Self(name))
-        } else {
-            Err(Failure::invalid(
+        if !fits {
+            return Err(Failure::invalid(
                 "credential must be the name of a credential on the node: 1–64 characters of [A-Za-z0-9._-]",
-            ))
+            ));
         }
+        if TOKENS.iter().any(|token| name.starts_with(token)) {
+            return Err(Failure::invalid("credential looks like a token; it must be the name of one on the node"));
+        }
+        Ok(Self(name))
     }
 
     /// The name itself.
@@ -285,8 +290,10 @@ mod tests {
 
     #[test]
     fn a_refused_credential_is_not_repeated() {
-        let failure = CredentialName::new("ghp_s3cret/with+slash").unwrap_err();
-        assert!(!failure.message.contains("s3cret"));
+        for secret in ["ghp_s3cret/with+slash", "ghp_s3cret", "glpat-s3cret", "github_pat_s3cret"] {
+            let failure = CredentialName::new(secret).unwrap_err();
+            assert!(!failure.message.contains("s3cret"));
+        }
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! A decoded delivery: step 2 of a message's path.
 
+use std::time::Duration;
+
+use jiff::SignedDuration;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
@@ -45,8 +48,15 @@ impl Arrival {
         self.headers.node.as_ref().filter(|owner| *owner != node)
     }
 
-    /// What the journal needs to know of it.
-    pub(super) fn sighting(&self, mark: Option<Place>, boot: &str, now: jiff::Timestamp) -> Sighting {
+    /// What the journal needs to know of it; no copy is put off by more than `longest_wait`.
+    pub(super) fn sighting(
+        &self,
+        mark: Option<Place>,
+        boot: &str,
+        now: jiff::Timestamp,
+        longest_wait: Duration,
+    ) -> Sighting {
+        let latest = SignedDuration::try_from(longest_wait).ok().and_then(|wait| now.saturating_add(wait).ok());
         Sighting {
             round: self.key.round,
             digest: self.digest.clone(),
@@ -57,7 +67,8 @@ impl Arrival {
             arrived: self.headers.arrived.map(|arrived| arrived.min(now.as_microsecond())),
             next_arrival: 0,
             attempt: self.headers.attempt,
-            not_before: self.headers.not_before,
+            // A moment that is further away than any retry of ours would park the task for as long as somebody likes.
+            not_before: self.headers.not_before.map(|due| latest.map_or(due, |latest| due.min(latest))),
             not_after: self.task.not_after,
             mark,
             boot: boot.to_owned(),
@@ -75,4 +86,25 @@ pub(super) fn digest(message: &Message) -> String {
         let _ = write!(text, "{byte:02x}");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::wire::header;
+
+    #[test]
+    fn a_copy_is_not_put_off_for_longer_than_a_retry_of_ours() {
+        let now = jiff::Timestamp::from_second(1_800_000_000).unwrap();
+        let hour = Duration::from_hours(1);
+        let year_9999 = "9999-01-01T00:00:00Z".parse::<jiff::Timestamp>().unwrap().as_millisecond();
+        let soon = now + SignedDuration::from_secs(5);
+        for (asked, believed) in [(year_9999, now + hour), (soon.as_millisecond(), soon)] {
+            let body = r#"{"v": 1, "task_id": "t", "kind": "delete", "project_id": 1}"#;
+            let mut message = Message { body: body.into(), ..Message::default() };
+            message.set(header::NOT_BEFORE, asked);
+            let arrival = Arrival::decode(&message).unwrap();
+            assert_eq!(arrival.sighting(None, "b", now, hour).not_before, Some(believed));
+        }
+    }
 }

@@ -146,7 +146,7 @@ impl Worker {
     /// Asks the journal again and, if the task is still wanted, notes that its attempt begins.
     async fn begin(self: &Arc<Self>, arrival: &Arrival) -> Result<Admission, Interrupted> {
         let mark = self.executor.project(arrival.task.project).await.mark;
-        let mut sighting = arrival.sighting(mark, &self.boot, self.clock.now());
+        let mut sighting = arrival.sighting(mark, &self.boot, self.clock.now(), self.settings.retry.longest_wait());
         // It came in time; that it waited here does not make it early again.
         sighting.not_before = None;
         let (now, round, project) = (sighting.now, sighting.round, sighting.project);

@@ -159,3 +159,49 @@ async fn an_altered_workspace_is_a_conflict_and_hangs_nothing() {
     world.run(&world.job("delete", 1, json!({}))).await.unwrap();
     assert!(world.path("moved.git/HEAD").exists());
 }
+
+fn mirrors(world: &World) -> usize {
+    let entries = fs::read_dir(world.mirrors()).unwrap();
+    entries.filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|end| end == "git")).count()
+}
+
+#[tokio::test]
+async fn the_mirror_goes_with_the_last_project_on_it() {
+    let mut world = World::new().await;
+    world.commit(&[("a.txt", "one")]);
+    world.clone(1, "a", json!({})).await.unwrap();
+    world.clone(2, "b", json!({})).await.unwrap();
+    world.run(&world.job("delete", 1, json!({}))).await.unwrap();
+    assert_eq!(mirrors(&world), 1);
+    assert_eq!(world.pull(2, json!({})).await.unwrap().objects, Some(0));
+    world.run(&world.job("delete", 2, json!({}))).await.unwrap();
+    assert_eq!(fs::read_dir(world.mirrors()).unwrap().count(), 0);
+    world.settings.keep_mirrors = true;
+    world.restart().await;
+    world.clone(3, "c", json!({})).await.unwrap();
+    world.run(&world.job("delete", 3, json!({}))).await.unwrap();
+    assert_eq!(mirrors(&world), 1);
+}
+
+#[tokio::test]
+async fn a_mirror_that_nobody_uses_goes_at_a_start_after_a_day() {
+    let mut world = World::new().await;
+    world.commit(&[("a.txt", "one")]);
+    world.clone(1, "a", json!({})).await.unwrap();
+    // The fetch succeeds, the clone does not: what was fetched is there for the next attempt.
+    git(world.dir.path(), &["clone", "-q", "--bare", "up.git", "other.git"]);
+    let other = format!("file://{}", world.path("other.git").display());
+    world.clone(2, "b", json!({"git_url": other, "branch": "nope"})).await.unwrap_err();
+    world.restart().await;
+    assert_eq!(mirrors(&world), 2);
+    for entry in fs::read_dir(world.mirrors()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|end| end == "lock") {
+            let long_ago = std::time::SystemTime::now() - std::time::Duration::from_hours(25);
+            fs::File::options().write(true).open(path).unwrap().set_modified(long_ago).unwrap();
+        }
+    }
+    world.restart().await;
+    assert_eq!(mirrors(&world), 1);
+    assert_eq!(world.pull(1, json!({})).await.unwrap().objects, Some(0));
+}

@@ -172,6 +172,11 @@ async fn a_diverged_project_is_a_conflict_and_reset_keeps_its_commits() {
     let tip = world.commit(&[("a.txt", "two\n")]);
     assert_eq!(class(&world.pull(1, json!({})).await), ErrorClass::Conflict);
     assert_eq!(head(&world), mine);
+    // Where the upstream is can be seen all the same.
+    assert_eq!(git(&project, &["rev-parse", "origin/main"]), tip);
+    let status = world.run(&world.job("status", 1, json!({}))).await.unwrap();
+    assert_eq!((status.ahead, status.behind), (Some(1), Some(1)));
+    assert_eq!(class(&world.pull(1, json!({})).await), ErrorClass::Conflict);
     let result = world.pull(1, json!({"on_conflict": "reset"})).await.unwrap();
     assert_eq!(head(&world), tip);
     let backup = result.backup_ref.unwrap();
@@ -321,6 +326,40 @@ async fn a_pull_interrupted_while_writing_is_completed_by_the_next() {
     assert_alike(&project, &world.reference(&[]));
     assert!(world.leftovers().is_empty());
     assert!(!project.join(".git/haul-waiting-0123").exists());
+}
+
+#[tokio::test]
+async fn a_pull_killed_after_its_last_write_is_reported_as_an_update_by_the_next() {
+    let mut world = cloned().await;
+    let old = head(&world);
+    let tip = world.commit(&[("a.txt", "two\n")]);
+    world.pull(1, json!({})).await.unwrap();
+    fs::write(world.project(".haul/pulls/p"), json!({"project": 1, "old": old, "new": tip}).to_string()).unwrap();
+    world.restart().await;
+    assert_eq!(world.pull(1, json!({})).await.unwrap().updated, Some(true));
+    assert_eq!(world.pull(1, json!({})).await.unwrap().updated, Some(false));
+}
+
+#[tokio::test]
+async fn what_the_user_stages_during_a_pull_is_not_lost() {
+    let world = cloned().await;
+    let project = world.project("p");
+    let old = head(&world);
+    world.commit(&[("a.txt", "two\n")]);
+    let stage = |progress: haul::protocol::Progress| {
+        if progress.phase == "checkout" {
+            write(&project, "staged", "s");
+            git(&project, &["add", "staged"]);
+        }
+    };
+    let job = world.job("pull", 1, json!({}));
+    let first = world.run_with(&job, CancellationToken::new(), &stage, &crate::world::Open).await;
+    if let Err(failure) = first {
+        assert_eq!((failure.class, head(&world)), (ErrorClass::Conflict, old));
+        world.pull(1, json!({})).await.unwrap();
+    }
+    assert_eq!(git(&project, &["status", "--porcelain"]), "A  staged");
+    assert_eq!(read(&project, "a.txt"), "two\n");
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use bytesize::ByteSize;
 use haul::{
     execute::{Execute, GitExecutor, Job},
     failure::{ErrorClass, Failure},
@@ -69,6 +70,7 @@ impl Fence for Shut {
 pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) settings: GitSettings,
+    pub(crate) reserve: ByteSize,
     pub(crate) executor: GitExecutor,
     arrived: AtomicI64,
 }
@@ -85,13 +87,14 @@ impl World {
         git(world_dir, &["init", "-q", "--bare", "-b", "main", "up.git"]);
         git(world_dir, &["init", "-q", "-b", "main", "seed"]);
         git(&world_dir.join("seed"), &["remote", "add", "origin", "../up.git"]);
-        let executor = open(dir.path(), &settings).await.unwrap();
-        Self { dir, settings, executor, arrived: AtomicI64::new(1) }
+        let reserve = ByteSize::b(0);
+        let executor = open(dir.path(), &settings, reserve).await.unwrap();
+        Self { dir, settings, reserve, executor, arrived: AtomicI64::new(1) }
     }
 
     /// As after a crash and a new start of the agent.
     pub(crate) async fn restart(&mut self) {
-        self.executor = open(self.dir.path(), &self.settings).await.unwrap();
+        self.executor = open(self.dir.path(), &self.settings, self.reserve).await.unwrap();
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -183,6 +186,11 @@ impl World {
         self.executor.project(project).await.seq
     }
 
+    /// The mirrors of the agent.
+    pub(crate) fn mirrors(&self) -> PathBuf {
+        self.path("storage/.haul/mirrors")
+    }
+
     /// What is left in the agent's own directory beside what is kept there.
     pub(crate) fn leftovers(&self) -> Vec<String> {
         let ours = self.project(".haul");
@@ -197,10 +205,10 @@ impl World {
     }
 }
 
-async fn open(dir: &Path, settings: &GitSettings) -> Result<GitExecutor, Failure> {
+async fn open(dir: &Path, settings: &GitSettings, reserve: ByteSize) -> Result<GitExecutor, Failure> {
     let storage = dir.join("storage");
     let program = PathBuf::from(env!("CARGO_BIN_EXE_haul"));
-    GitExecutor::open(settings, &storage, &storage.join("projects"), program).await
+    GitExecutor::open(settings, &storage, &storage.join("projects"), program, reserve).await
 }
 
 pub(crate) fn write(dir: &Path, name: &str, content: &str) {

@@ -122,6 +122,37 @@ impl Agent {
         .await;
     }
 
+    /// Whether the process that was started last still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.process.as_mut().is_some_and(|process| process.try_wait().unwrap().is_none())
+    }
+
+    /// Another node of the same fleet: same broker, names and settings, its own name and storage; it sees the same events.
+    pub fn neighbour(&self, node: &str) -> Self {
+        let storage = tempfile::tempdir().unwrap();
+        let mut neighbour = Self {
+            names: self.names.clone(),
+            master: self.master.clone(),
+            node: NodeName::new(node).unwrap(),
+            environment: self.environment.clone(),
+            process: None,
+            begun_at: 0,
+            log: storage.path().join("agent.log"),
+            seen: self.seen.clone(),
+            news: self.news.clone(),
+            storage,
+        };
+        let path = neighbour.storage.path().to_str().unwrap().to_owned();
+        neighbour.set("AGENT_NODE_NAME", node);
+        neighbour.set("AGENT_STORAGE_PATH", &path);
+        neighbour
+    }
+
+    /// The name of the node.
+    pub fn node(&self) -> &NodeName {
+        &self.node
+    }
+
     /// The process's number.
     pub fn pid(&self) -> u32 {
         self.process.as_ref().unwrap().id()

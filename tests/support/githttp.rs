@@ -56,6 +56,8 @@ pub(crate) enum Behaviour {
     },
     /// Not at all: the request is read and nothing is said.
     Stall,
+    /// Packs wait until the behaviour changes and are then served; all else as git does.
+    HoldPack,
     /// Packs stop after so many bytes, and the connection stays open; all else as git does.
     StallPack {
         /// Bytes of the answer's body that are still sent.
@@ -347,6 +349,12 @@ impl Shared {
                 self.hang(stream, socket);
                 Ok(())
             }
+            Behaviour::HoldPack => {
+                if is_pack {
+                    self.wait_for_another_behaviour();
+                }
+                self.answer(stream, &request, usize::MAX).map(drop)
+            }
             Behaviour::StallPack { after } => {
                 if self.answer(stream, &request, if is_pack { after } else { usize::MAX })? {
                     self.hang(stream, socket);
@@ -357,6 +365,13 @@ impl Shared {
                 self.answer(stream, &request, if is_pack { after } else { usize::MAX })?;
                 socket.shutdown(Shutdown::Both)
             }
+        }
+    }
+
+    fn wait_for_another_behaviour(&self) {
+        let held = || matches!(self.state.lock().unwrap().behaviour, Behaviour::HoldPack);
+        while held() && !self.stopped.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 

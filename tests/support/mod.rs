@@ -5,6 +5,7 @@
 
 pub(crate) mod agent;
 pub(crate) mod pipeline;
+pub(crate) mod proxy;
 pub(crate) mod rabbit;
 pub(crate) mod repository;
 

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::dir::Identity;
+use crate::git::mirror;
 use crate::protocol::{Place, ProjectId, Revision, Round, TaskId};
 
 /// Which task applied itself to a project, and where it stands in the project's order.
@@ -108,6 +109,13 @@ pub(crate) struct Binding {
     /// The tasks applied to it.
     #[serde(flatten)]
     pub(crate) applied: Applied,
+}
+
+impl Binding {
+    /// The key of the mirror that it is cloned from and pulls from.
+    pub(crate) fn mirror(&self) -> String {
+        mirror::key(&self.url, self.credential.as_deref())
+    }
 }
 
 /// What is kept of a deleted project: its order goes on.

@@ -130,7 +130,7 @@ impl Program {
         });
         let running = Arc::new(Mutex::new(Running { child, said: Some(said), name: self.name }));
         let output = Output { inner: output, running: running.clone(), verdict, budget };
-        let input = Input { inner: input, _running: running };
+        let input = Input { inner: input, running, verdict: output.verdict.clone() };
         let host = None::<(String, Option<u16>)>;
         Ok(Connection::new(output, input, Protocol::V2, self.path, host, ConnectMode::Process, false))
     }
@@ -217,16 +217,29 @@ impl Read for Output {
 /// What the program reads.
 pub(super) struct Input {
     inner: ChildStdin,
-    _running: Arc<Mutex<Running>>,
+    running: Arc<Mutex<Running>>,
+    verdict: Verdict,
+}
+
+impl Input {
+    /// A program that does not listen any more has said why.
+    fn heard<T>(&self, written: io::Result<T>) -> io::Result<T> {
+        if written.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe) {
+            self.verdict.give(self.running.lock().unwrap_or_else(PoisonError::into_inner).why());
+        }
+        written
+    }
 }
 
 impl io::Write for Input {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.inner.write(bytes)
+        let written = self.inner.write(bytes);
+        self.heard(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
+        let flushed = self.inner.flush();
+        self.heard(flushed)
     }
 }
 

@@ -1,13 +1,8 @@
 //! Writing what a pull brings: each file beside its place first, then by one rename.
 
-use std::{
-    ffi::OsStr,
-    fs,
-    os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
-};
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
 
-use git2::{Index, IndexEntry, IndexTime, ObjectType, Oid, Repository, build::CheckoutBuilder};
+use git2::{ObjectType, Oid, Repository, build::CheckoutBuilder};
 use rustix::{
     fs::{AtFlags, Mode, mkdirat, renameat, unlinkat},
     io::Errno,
@@ -17,6 +12,7 @@ use super::{
     guard::altered,
     open::fault,
     plan::{self, Change, Found, Side},
+    waiting::Waiting,
 };
 use crate::{
     failure::Failure,
@@ -24,24 +20,16 @@ use crate::{
     protocol::Progress,
 };
 
-/// How the directories begin in which files wait for their rename, inside `.git`.
-const WAITING: &str = "haul-waiting-";
-
-/// Files as a checkout writes them, apart from the working tree. Dropping it removes them.
-pub(super) struct Stage {
-    path: PathBuf,
-    dir: Dir,
-}
+/// Files as a checkout writes them, apart from the working tree.
+pub(super) struct Stage(Dir);
 
 impl Stage {
     /// Writes `paths` of `tree`, through the filters that the tree itself asks for and no others.
-    pub(super) fn new(repo: &Repository, tree: Oid, paths: &[&[u8]]) -> Result<Self, Failure> {
-        let path = repo.path().join(format!("{WAITING}{:032x}", rand::random::<u128>()));
-        fs::create_dir(&path)?;
-        let stage = Self { dir: Dir::open(&path)?, path };
-        let filled = fill(repo, &stage.path, tree, paths);
+    pub(super) fn new(repo: &Repository, waiting: &Waiting, tree: Oid, paths: &[&[u8]]) -> Result<Self, Failure> {
+        let path = waiting.directory()?;
+        let filled = fill(repo, &path, tree, paths);
         filled.map_err(|error| fault("files cannot be written beside their places", &error))?;
-        Ok(stage)
+        Ok(Self(Dir::open(&path)?))
     }
 
     /// What waits for `path`, as it stands there.
@@ -49,27 +37,10 @@ impl Stage {
         if like.is_link() || like.is_submodule() {
             return Ok(Some(like));
         }
-        let Some(content) = plan::read(&self.dir, path)? else { return Ok(None) };
+        let Some(content) = plan::read(&self.0, path)? else { return Ok(None) };
         let id = Oid::hash_object(ObjectType::Blob, &content).map_err(|error| Failure::internal(error.to_string()))?;
         Ok(Some(Side { id, mode: like.mode }))
     }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
-    }
-}
-
-/// Removes what a killed pull left waiting.
-pub(super) fn sweep(repo: &Repository) -> Result<(), Failure> {
-    for entry in fs::read_dir(repo.path())? {
-        let entry = entry?;
-        if entry.file_name().as_bytes().starts_with(WAITING.as_bytes()) && entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 /// A repository of its own around the objects of `repo`: neither its settings nor its attributes count.
@@ -93,17 +64,11 @@ fn fill(repo: &Repository, into: &Path, tree: Oid, paths: &[&[u8]]) -> Result<()
     apart.checkout_tree(tree.as_object(), Some(&mut options))
 }
 
-/// Brings the working tree and the index from the old to the new side of every change.
+/// Brings the working tree from the old to the new side of every change, down to the disk.
 ///
 /// # Errors
 /// `conflict` where a path was changed since it was judged; what was written before stays, and is clean next time.
-pub(super) fn apply(
-    root: &Dir,
-    stage: &Stage,
-    index: &mut Index,
-    changes: &[Change],
-    reporter: &Reporter,
-) -> Result<(), Failure> {
+pub(super) fn apply(root: &Dir, stage: &Stage, changes: &[Change], reporter: &Reporter) -> Result<(), Failure> {
     let total = changes.len() as u64;
     let mut done = 0_u64;
     let mut moved = || {
@@ -125,11 +90,7 @@ pub(super) fn apply(
             moved();
         }
     }
-    for change in changes {
-        note(root, index, change).map_err(|error| fault("the index cannot be changed", &error))?;
-    }
-    rustix::fs::syncfs(root).map_err(std::io::Error::from)?;
-    index.write().map_err(|error| fault("the index cannot be written", &error))
+    Ok(rustix::fs::syncfs(root).map_err(std::io::Error::from)?)
 }
 
 fn remove(root: &Dir, change: &Change) -> Result<(), Failure> {
@@ -188,8 +149,8 @@ fn put(root: &Dir, stage: &Stage, change: &Change, side: Side) -> Result<(), Fai
     } else if !plan::is_clean(root, change)? {
         return Err(raced(&change.path));
     }
-    let waiting = parent.map(|parent| stage.dir.child(OsStr::from_bytes(parent))).transpose()?;
-    renameat(waiting.as_ref().unwrap_or(&stage.dir), name, dir, name).map_err(std::io::Error::from)?;
+    let waiting = parent.map(|parent| stage.0.child(OsStr::from_bytes(parent))).transpose()?;
+    renameat(waiting.as_ref().unwrap_or(&stage.0), name, dir, name).map_err(std::io::Error::from)?;
     Ok(())
 }
 
@@ -209,40 +170,4 @@ fn make_way(root: &Dir, path: &[u8]) -> Result<Dir, Failure> {
 
 fn raced(path: &[u8]) -> Failure {
     altered(format!("{} changed while the pull was writing", String::from_utf8_lossy(path)))
-}
-
-/// Enters the new side of a change into the index.
-fn note(root: &Dir, index: &mut Index, change: &Change) -> Result<(), git2::Error> {
-    let path = Path::new(OsStr::from_bytes(&change.path));
-    let Some(side) = change.new else {
-        return match index.remove(path, 0) {
-            Err(error) if error.code() != git2::ErrorCode::NotFound => Err(error),
-            _ => Ok(()),
-        };
-    };
-    let (parent, name) = plan::split(&change.path);
-    let dir = parent.and_then(|parent| root.child(OsStr::from_bytes(parent)).ok());
-    let stat = dir.as_ref().unwrap_or(root).look(OsStr::from_bytes(name)).ok().flatten();
-    let stat = stat.filter(|_| !side.is_submodule());
-    // As git does: the lower half of each number.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the index keeps 32 bits of each")]
-    let low = |number: i64| number as u32;
-    let time = |seconds: i64, nanoseconds: u64| {
-        IndexTime::new(i32::try_from(seconds).unwrap_or(0), u32::try_from(nanoseconds).unwrap_or(0))
-    };
-    let entry = IndexEntry {
-        ctime: stat.map_or(IndexTime::new(0, 0), |stat| time(stat.st_ctime, stat.st_ctime_nsec)),
-        mtime: stat.map_or(IndexTime::new(0, 0), |stat| time(stat.st_mtime, stat.st_mtime_nsec)),
-        dev: stat.map_or(0, |stat| low(stat.st_dev.cast_signed())),
-        ino: stat.map_or(0, |stat| low(stat.st_ino.cast_signed())),
-        mode: side.mode,
-        uid: stat.map_or(0, |stat| stat.st_uid),
-        gid: stat.map_or(0, |stat| stat.st_gid),
-        file_size: stat.map_or(0, |stat| low(stat.st_size)),
-        id: side.id,
-        flags: 0,
-        flags_extended: 0,
-        path: change.path.clone(),
-    };
-    index.add(&entry)
 }

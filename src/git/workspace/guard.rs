@@ -7,6 +7,7 @@ use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
 
 use rustix::fs::FileType;
 
+use super::waiting;
 use crate::{
     failure::Failure,
     git::{child::Reporter, projects::Dir},
@@ -80,6 +81,8 @@ fn tree(dir: &Dir, depth: usize, objects: bool, seen: &mut usize, reporter: &Rep
             reporter.step();
         }
         match kind {
+            // Swept by the next pull before anything in it is read; a killed one leaves links in there.
+            FileType::Directory if depth == 0 && waiting::is_ours(&name) => {}
             FileType::Directory if depth == 0 && UNREAD.iter().any(|unread| OsStr::new(unread) == name) => {}
             FileType::Directory => {
                 let inner = dir.child(&name).map_err(|error| altered(format!("{}: {error}", name.display())))?;

@@ -25,6 +25,7 @@ use crate::{
         child::Reporter,
         mirror::Listing,
         projects::{Dir, Follows},
+        room,
     },
     protocol::Progress,
 };
@@ -47,6 +48,8 @@ pub(crate) struct Make {
     pub(crate) single_branch: bool,
     /// How large the tree may be.
     pub(crate) budget: Budget,
+    /// How many bytes of the disk are to stay free.
+    pub(crate) reserve: u64,
 }
 
 /// What was made.
@@ -69,7 +72,9 @@ pub(super) fn run(directory: &Dir, order: &Make, reporter: &Reporter) -> Result<
     let mut made = Made { head: None, files: 0 };
     if let Some(object) = &order.object {
         let (commit, tree) = resolve(&repo, object)?;
-        made.files = walk::walk(&repo, tree, order.budget, reporter)?.files;
+        let size = walk::walk(&repo, tree, order.budget, reporter)?;
+        room(&root, "projects", size.bytes, order.reserve)?;
+        made.files = size.files;
         check_out(&repo, tree, &root, made.files, reporter)?;
         made.head = Some(commit.to_string());
     }

@@ -59,7 +59,7 @@ fn forget_search_paths() {
     ONCE.call_once(|| {
         for level in [ConfigLevel::System, ConfigLevel::Global, ConfigLevel::XDG, ConfigLevel::ProgramData] {
             #[expect(unsafe_code, reason = "a process-wide setting of the library, made before its first use")]
-            // SAFETY: only children call this, on their only thread, before any other use of the library.
+            // SAFETY: only children call this, on the only thread of theirs that uses it, before any other use of the library.
             let set = unsafe { git2::opts::set_search_path(level, "") };
             if let Err(error) = set {
                 tracing::warn!(%error, "a search path of the git library cannot be emptied");

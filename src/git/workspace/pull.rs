@@ -4,7 +4,8 @@
 //! |---|---|
 //! | on its branch, behind | fast-forwards |
 //! | on its branch, up to date or ahead | remote-tracking refs only |
-//! | on its branch, diverged, or the upstream was force-pushed | `conflict`; with `reset`, keeps it and follows |
+//! | on its branch, diverged, or the upstream was force-pushed | `conflict`, remote-tracking refs all the same; with `reset`, keeps it and follows |
+//! | something of the user is in the way | `conflict`, remote-tracking refs all the same; with `reset`, keeps it and writes |
 //! | on another branch, or detached | remote-tracking refs only; the working tree is not touched |
 //! | in the middle of a merge, rebase or the like | `conflict` |
 
@@ -16,14 +17,16 @@ use serde::{Deserialize, Serialize};
 use super::{
     apply::{self, Stage},
     backup,
-    look::head,
+    index::Copied,
+    look::{Head, head},
     open::{fault, open},
     plan::{self, Change},
     receive,
+    waiting::{self, Waiting},
     walk::Budget,
 };
 use crate::{
-    failure::Failure,
+    failure::{ErrorClass, Failure},
     git::{child::Reporter, projects::Dir},
 };
 
@@ -79,32 +82,35 @@ pub(super) enum Question {
 
 pub(super) fn run(directory: &Dir, order: &Pull, reporter: &Reporter) -> Result<Pulled, Failure> {
     let repo = open(directory, reporter)?;
-    apply::sweep(&repo)?;
+    waiting::sweep(&repo)?;
+    let waiting = Waiting::new(&repo)?;
     if let Some(pack) = order.pack {
-        receive::receive(&repo, pack, reporter)?;
+        receive::receive(&repo, &waiting, pack, reporter)?;
     }
     if repo.state() != RepositoryState::Clean {
         return Err(Failure::conflict("a merge, rebase or the like is under way in the project; finish or abort it"));
     }
-    let mut work = Work { repo: &repo, root: directory, order, reporter, backup_ref: None };
+    let mut work = Work { repo: &repo, root: directory, waiting: &waiting, order, reporter, backup_ref: None };
+    work.announce()?;
     let before = head(&repo)?;
-    if let (Some(branch), Some(tip)) = (&order.branch, &order.tip)
-        && before.branch.as_ref() == Some(branch)
-    {
-        if let Some((old, new)) = &order.interrupted
-            && *old == before.commit.map(|commit| commit.to_string())
-        {
-            // First to where the interrupted one was going: what it wrote is clean only on that way.
-            work.go(branch, before.commit, oid(new)?)?;
+    match work.advance(&before) {
+        Err(failure) if failure.class == ErrorClass::Conflict => {
+            // As `git pull` does: where the upstream is shall be seen by whoever resolves the conflict.
+            let _ = work.track();
+            return Err(failure);
         }
-        let now = head(&repo)?.commit;
-        work.follow(branch, now, oid(tip)?)?;
+        other => other?,
     }
     work.track()?;
     let backup_ref = work.backup_ref.take();
     let after = head(&repo)?;
+    // One that was killed after its last write, before the agent heard of it, is reported by the next.
+    let finished = order.interrupted.as_ref().is_some_and(|(old, new)| {
+        let now = before.commit.map(|commit| commit.to_string());
+        now.as_ref() == Some(new) && now != *old
+    });
     Ok(Pulled {
-        updated: after.commit != before.commit,
+        updated: finished || after.commit != before.commit,
         branch: after.branch,
         head: after.commit.map(|commit| commit.to_string()),
         backup_ref,
@@ -115,12 +121,40 @@ pub(super) fn run(directory: &Dir, order: &Pull, reporter: &Reporter) -> Result<
 struct Work<'a> {
     repo: &'a Repository,
     root: &'a Dir,
+    waiting: &'a Waiting,
     order: &'a Pull,
     reporter: &'a Reporter,
     backup_ref: Option<String>,
 }
 
 impl Work<'_> {
+    /// Names every ref that may be written.
+    fn announce(&self) -> Result<(), Failure> {
+        let branch = self.order.branch.as_ref().map(|branch| format!("refs/heads/{branch}"));
+        let interrupted = self.order.interrupted.as_ref().map(|(_, new)| new);
+        let tips = self.order.tip.iter().chain(interrupted);
+        let tips = tips.filter_map(|tip| branch.as_deref().map(|branch| (branch, tip.as_str())));
+        let refs = self.order.refs.iter().map(|(name, id)| (name.as_str(), id.as_str()));
+        self.waiting.announce(tips.chain(refs))
+    }
+
+    /// Brings the branch to the upstream's tip, where the project is on it.
+    fn advance(&mut self, before: &Head) -> Result<(), Failure> {
+        let order = self.order;
+        let (Some(branch), Some(tip)) = (&order.branch, &order.tip) else { return Ok(()) };
+        if before.branch.as_ref() != Some(branch) {
+            return Ok(());
+        }
+        if let Some((old, new)) = &order.interrupted
+            && *old == before.commit.map(|commit| commit.to_string())
+        {
+            // First to where the interrupted one was going: what it wrote is clean only on that way.
+            self.go(branch, before.commit, oid(new)?)?;
+        }
+        let now = head(self.repo)?.commit;
+        self.follow(branch, now, oid(tip)?)
+    }
+
     /// Goes to `tip` where that is ahead of the project, or where the task said so.
     fn follow(&mut self, branch: &str, now: Option<Oid>, tip: Oid) -> Result<(), Failure> {
         if now == Some(tip) {
@@ -142,7 +176,7 @@ impl Work<'_> {
                 )));
             }
             if ahead > 0 {
-                self.keep(Some(now), Vec::new(), &mut self.index()?)?;
+                self.keep(Some(now), Vec::new(), &mut Copied::open(self.waiting)?.index)?;
             }
         }
         self.go(branch, now, tip)
@@ -158,19 +192,19 @@ impl Work<'_> {
         let new_tree = self.repo.find_commit(new).and_then(|commit| commit.tree()).map_err(unreadable)?;
         let mut changes = plan::changes(self.repo, old_tree.as_ref(), &new_tree, self.order.budget, self.reporter)?;
         changes.sort_by(|a, b| a.path.cmp(&b.path));
-        let mut index = self.index()?;
-        if self.repo.path().join("index.lock").symlink_metadata().is_ok() {
-            return Err(Failure::conflict("another git program is at work in the project (.git/index.lock is there)"));
+        let mut copied = Copied::open(self.waiting)?;
+        if self.waiting.git.look("index.lock")?.is_some() {
+            return Err(waiting::locked());
         }
         let written = |change: &&Change| change.new.is_some_and(|side| !side.is_submodule());
         let paths: Vec<Vec<u8>> = changes.iter().filter(written).map(|change| change.path.clone()).collect();
         let paths: Vec<&[u8]> = paths.iter().map(Vec::as_slice).collect();
-        let stage = Stage::new(self.repo, new_tree.id(), &paths)?;
+        let stage = Stage::new(self.repo, self.waiting, new_tree.id(), &paths)?;
         self.reporter.step();
-        let mut way = plan::in_the_way(self.root, &index, &changes, self.reporter)?;
+        let mut way = plan::in_the_way(self.root, &copied.index, &changes, self.reporter)?;
         if !way.is_empty() {
             self.allow_filtered(&stage, old_tree.as_ref().map(git2::Tree::id), &mut changes, way.keys())?;
-            way = plan::in_the_way(self.root, &index, &changes, self.reporter)?;
+            way = plan::in_the_way(self.root, &copied.index, &changes, self.reporter)?;
         }
         let saved = if way.is_empty() {
             Vec::new()
@@ -188,9 +222,10 @@ impl Work<'_> {
         let () =
             super::ask(self.reporter, &Question::Note { old: old.map(|old| old.to_string()), new: new.to_string() })?;
         if !way.is_empty() {
-            self.keep_files(old, saved, &mut index, &mut changes)?;
+            self.keep_files(old, saved, &mut copied.index, &mut changes)?;
         }
-        apply::apply(self.root, &stage, &mut index, &changes, self.reporter)?;
+        apply::apply(self.root, &stage, &changes, self.reporter)?;
+        copied.put(self.waiting, self.root, &changes)?;
         self.point(branch, old, new)
     }
 
@@ -211,7 +246,7 @@ impl Work<'_> {
         let before: Vec<Vec<u8>> =
             judged.iter().filter(|at| changes[**at].old.is_some()).map(|at| changes[*at].path.clone()).collect();
         let before: Vec<&[u8]> = before.iter().map(Vec::as_slice).collect();
-        let old_stage = old_tree.map(|tree| Stage::new(self.repo, tree, &before)).transpose()?;
+        let old_stage = old_tree.map(|tree| Stage::new(self.repo, self.waiting, tree, &before)).transpose()?;
         for at in judged {
             let change = &mut changes[at];
             if let (Some(old), Some(stage)) = (change.old, &old_stage) {
@@ -256,14 +291,6 @@ impl Work<'_> {
         Ok(saved)
     }
 
-    fn index(&self) -> Result<Index, Failure> {
-        let index = self.repo.index().map_err(|error| fault("its index cannot be read", &error))?;
-        if index.has_conflicts() {
-            return Err(Failure::conflict("the index of the project has unmerged paths; resolve them"));
-        }
-        Ok(index)
-    }
-
     /// The last step: the branch itself.
     fn point(&self, branch: &str, old: Option<Oid>, new: Oid) -> Result<(), Failure> {
         let name = format!("refs/heads/{branch}");
@@ -281,6 +308,10 @@ impl Work<'_> {
 
     /// Remote-tracking refs follow the upstream; a tag of the user's is never moved.
     fn track(&self) -> Result<(), Failure> {
+        if self.order.pack.is_some() {
+            // No ref is to outlive what it points to.
+            rustix::fs::syncfs(self.root).map_err(std::io::Error::from)?;
+        }
         let main = self.order.branch.as_ref().map(|branch| format!("refs/remotes/origin/{branch}"));
         for (number, (name, id)) in self.order.refs.iter().enumerate() {
             if number.is_multiple_of(256) {

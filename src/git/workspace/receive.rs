@@ -2,15 +2,15 @@
 
 use std::{
     collections::HashSet,
-    fs::OpenOptions,
+    fs::{self, OpenOptions},
     io::{Read, Write},
     sync::mpsc::{RecvTimeoutError, sync_channel},
     time::Duration,
 };
 
-use git2::{ObjectType, Oid, Repository, Sort};
+use git2::{Indexer, ObjectType, Oid, Repository, Sort};
 
-use super::{guard::altered, open::fault};
+use super::{guard::altered, open::fault, waiting::Waiting};
 use crate::{
     failure::{ErrorClass, Failure},
     git::child::{Reporter, inherited},
@@ -26,7 +26,7 @@ const QUIET: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// `corrupt` where it is cut or wrong.
-pub(super) fn receive(repo: &Repository, number: i32, reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporter: &Reporter) -> Result<(), Failure> {
     let mut pipe = inherited(number, OpenOptions::new().read(true))?;
     // The descriptor that came with the process would keep nothing alive on this side; only the end of the writer counts.
     let (sender, chunks) = sync_channel::<std::io::Result<Vec<u8>>>(4);
@@ -64,7 +64,10 @@ pub(super) fn receive(repo: &Repository, number: i32, reporter: &Reporter) -> Re
         return Ok(());
     }
     let odb = repo.odb().map_err(|error| fault("its objects cannot be opened", &error))?;
-    let mut writer = odb.packwriter().map_err(|error| fault("a pack cannot be written", &error))?;
+    // A name of the library's own in the project would be left there by a kill, as nobody's.
+    let place = waiting.directory()?;
+    let mut writer =
+        Indexer::new(Some(&odb), &place, 0, false).map_err(|error| fault("a pack cannot be written", &error))?;
     writer.progress(|progress| {
         reporter.progress(Progress {
             phase: "resolving".to_owned(),
@@ -81,11 +84,16 @@ pub(super) fn receive(repo: &Repository, number: i32, reporter: &Reporter) -> Re
         }
         chunk = next()?;
     }
-    writer.commit().map_err(|error| match error.message() {
+    let name = writer.commit().map_err(|error| match error.message() {
         message if message.contains("unexpected end") || message.contains("incomplete") => cut(),
         _ => fault("a pack cannot be indexed", &error),
     })?;
-    drop(writer);
+    let packs = repo.path().join("objects/pack");
+    fs::create_dir_all(&packs)?;
+    // A pack is looked for once its index is there.
+    for file in ["pack", "idx"].map(|kind| format!("pack-{name}.{kind}")) {
+        fs::rename(place.join(&file), packs.join(&file))?;
+    }
     odb.refresh().map_err(|error| fault("its objects cannot be read", &error))
 }
 

@@ -1,0 +1,59 @@
+//! What stays free on the disks that tasks write to.
+
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
+
+use super::executor::blocking;
+use crate::{failure::Failure, git::room};
+
+/// The free space that no clone and no pull may begin to use up.
+#[derive(Clone, Debug)]
+pub(super) struct Reserve {
+    bytes: u64,
+    storage: PathBuf,
+    /// On another disk, perhaps.
+    projects: PathBuf,
+}
+
+impl Reserve {
+    pub(super) fn new(reserve: ByteSize, storage: &Path, projects: &Path) -> Self {
+        Self { bytes: reserve.as_u64(), storage: storage.to_owned(), projects: projects.to_owned() }
+    }
+
+    /// How many bytes are to stay free.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Refuses to begin where less is free already than is to stay free.
+    ///
+    /// # Errors
+    /// `disk`, which waits without spending attempts.
+    pub(super) async fn check(&self) -> Result<(), Failure> {
+        let own = self.clone();
+        blocking(move || {
+            room(&own.storage, "mirrors", 0, own.bytes)?;
+            room(&own.projects, "projects", 0, own.bytes)
+        })
+        .await
+    }
+
+    /// Refuses a project whose objects, those of `mirror`, would use up what is to stay free.
+    ///
+    /// Where the file system shares what it copies they need less; the caution is kept all the same.
+    ///
+    /// # Errors
+    /// `disk`, which waits without spending attempts.
+    pub(super) async fn check_copy(&self, mirror: &Path) -> Result<(), Failure> {
+        let (own, packs) = (self.clone(), mirror.join("objects/pack"));
+        blocking(move || {
+            let mut bytes = 0_u64;
+            for entry in std::fs::read_dir(packs)? {
+                bytes = bytes.saturating_add(entry?.metadata()?.len());
+            }
+            room(&own.projects, "projects", bytes, own.bytes)
+        })
+        .await
+    }
+}
