@@ -33,8 +33,15 @@ use crate::{
 };
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 all went well, 1 failed, 2 command line or configuration cannot be used, 3 broker unreachable,
-4 the task did not succeed or no node takes it, 5 the storage directory is in use, 6 timed out, 130 interrupted.";
+Exit codes:
+    0  all went well
+    1  failed; doctor found something red
+    2  command line, configuration or input cannot be used
+    3  broker unreachable, or it refused or did not confirm
+    4  the task did not succeed, or no node takes it
+    5  an agent uses the storage directory
+    6  timed out
+  130  interrupted";
 
 /// What a command logs by default. The AMQP library writes whole messages into its warnings; what matters of them is
 /// said by ourselves.

@@ -37,15 +37,15 @@ pub struct Config {
     pub storage_path: PathBuf,
     /// Where the projects are; `<storage_path>/projects` if it is not set.
     pub projects_path: Option<PathBuf>,
-    /// Where data sets are; `<storage_path>/datasets` if it is not set.
+    /// Where data sets are; `<storage_path>/datasets` if it is not set. Read for files that have it; not used yet.
     pub datasets_path: Option<PathBuf>,
-    /// Where jobs work; `<storage_path>/jobs` if it is not set.
+    /// Where jobs work; `<storage_path>/jobs` if it is not set. Not used yet.
     pub jobs_workspace: Option<PathBuf>,
-    /// Address of the master, without a password.
+    /// Address of the master, without a password. Not used yet.
     pub master_url: Option<String>,
-    /// Port of the agent's own interface.
+    /// Port of the agent's own interface. Not used yet.
     pub api_port: u16,
-    /// Token shared with the master.
+    /// Token shared with the master. Not used yet.
     pub token: Option<SecretString>,
     /// Tasks executing at a time; 0 for a number from cores and memory.
     pub slots: usize,

@@ -23,7 +23,7 @@ Examples:
   haul cancel 01994e2c-7c1e-7000-8000-000000000000 --node worker-001
   haul cancel my-task --node worker-001 --wait --timeout 1m
 
-A cancel may come before its task. A task that has ended already is answered with how it ended. With --wait it ends with
+A cancel may come before its task. A task that has ended already is answered with how it ended. With --wait it ends with \
 the task: code 0 if it was cancelled, 4 if it ended otherwise.";
 
 const NODE_EXAMPLES: &str = "\

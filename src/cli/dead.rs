@@ -40,7 +40,7 @@ Examples:
   haul dead replay --class network --rate 5/s
   haul dead replay --all --dry-run
 
-A letter is removed once its copy is confirmed by the node's queue; what cannot be sent stays. A task whose not_after
+A letter is removed once its copy is confirmed by the node's queue; what cannot be sent stays. A task whose not_after \
 has passed would be refused by its agent: --not-after gives such tasks a later moment, and rewrites that one field.";
 
 const DROP_EXAMPLES: &str = "\

@@ -20,13 +20,13 @@ pub(super) enum CliError {
     #[error("{0}")]
     Usage(String),
     /// The broker cannot be used.
-    #[error("{0}")]
+    #[error("{0}{remedy}", remedy = remedy(.0))]
     Broker(#[from] BrokerError),
     /// A message was not taken.
     #[error("{0}; is the topology in place? `haul topology doctor` tells")]
     Publish(#[from] PublishError),
     /// No queue takes what is sent to this node.
-    #[error("node {node} is not enrolled: start its agent or run haul topology apply")]
+    #[error("node {node} is not enrolled: start its agent, or run haul topology apply --node {node}")]
     NotEnrolled {
         /// The node.
         node: NodeName,
@@ -63,7 +63,7 @@ pub(super) enum CliError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The agent could not begin.
-    #[error(transparent)]
+    #[error("{0}{remedy}", remedy = if let WorkerError::Broker(error) = .0 { remedy(error) } else { "" })]
     Worker(#[from] WorkerError),
     /// The process cannot run anything.
     #[error("cannot start: {0}")]
@@ -88,5 +88,19 @@ impl CliError {
             | Self::Journal(_)
             | Self::Worker(_) => exit::FAILED,
         }
+    }
+}
+
+/// What to do about it, where the broker's own words do not say.
+fn remedy(error: &BrokerError) -> &'static str {
+    match error {
+        BrokerError::Unreachable { .. } => "; is it running, and is broker.urls (AGENT_AMQP_URL) right?",
+        BrokerError::Refused { reason, .. } if reason.starts_with("ACCESS_REFUSED - Login") => {
+            "; check user and password in broker.urls (AGENT_AMQP_URL)"
+        }
+        BrokerError::Refused { reason, .. } if reason.starts_with("NOT_ALLOWED") => {
+            "; check the virtual host in broker.urls (AGENT_AMQP_URL) and the user's permissions there"
+        }
+        BrokerError::Refused { .. } | BrokerError::Settings(_) => "",
     }
 }

@@ -27,7 +27,7 @@ Examples:
   sudo -u haul haul project forget 42
   systemctl start haul-worker
 
-An agent answers a task that is older than what it applied last with superseded. A master that was restored from a
+An agent answers a task that is older than what it applied last with superseded. A master that was restored from a \
 backup counts from an earlier number: forget lets its next task count as the newest. The project stays as it is.";
 
 /// The commands of `haul project`.

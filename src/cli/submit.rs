@@ -29,7 +29,7 @@ Examples:
   haul submit delete --node worker-001 --project-id 42 --priority high --generation 4";
 
 const AFTER: &str = "\
-Without --wait it ends once the broker has the task. With --wait it ends with the task: code 0 if it succeeded,
+Without --wait it ends once the broker has the task. With --wait it ends with the task: code 0 if it succeeded, \
 4 if it did not, 6 if --timeout was over first (the task goes on).";
 
 /// What to submit.
@@ -420,7 +420,7 @@ mod tests {
         let (args, task) = submission("pull --node n --project-id 42");
         let error = submit(&broker, &names, &args, &task).await.unwrap_err();
         assert_eq!(error.code(), exit::TASK);
-        assert_eq!(error.to_string(), "node n is not enrolled: start its agent or run haul topology apply");
+        assert_eq!(error.to_string(), "node n is not enrolled: start its agent, or run haul topology apply --node n");
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! Following one task to its end, and showing it on the way.
 
-use std::{future::Future, io::IsTerminal, time::Duration};
+use std::{cell::Cell, future::Future, io::IsTerminal, time::Duration};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -102,6 +102,8 @@ pub(super) async fn outcome<F>(
 where
     F: Future<Output = Result<(), CliError>>,
 {
+    // A node that does not know the task has said so.
+    let unknown = Cell::new(false);
     let end = async {
         loop {
             match following.next().await {
@@ -109,6 +111,15 @@ where
                     view.show(&event)?;
                     if event.status.is_terminal() {
                         return Ok(*event);
+                    }
+                }
+                Some(News::Answer(answer)) if answer.task_id.as_ref() == Some(task) => {
+                    if answer.answer == "refused" {
+                        return Err(CliError::Refused(words::answer_line(&answer)));
+                    }
+                    unknown.set(answer.answer == "pending");
+                    if !view.json {
+                        view.note(&words::answer_line(&answer));
                     }
                 }
                 Some(News::Event(_) | News::Answer(_)) => {}
@@ -127,10 +138,15 @@ where
     match timeout {
         None => end.await,
         Some(timeout) => tokio::time::timeout(timeout, end).await.unwrap_or_else(|_| {
-            Err(CliError::TimedOut(format!(
-                "task {task} did not end within {}; it goes on: follow it with haul events --task {task}, or cancel it",
-                humantime(timeout)
-            )))
+            let time = humantime(timeout);
+            Err(CliError::TimedOut(if unknown.get() {
+                format!("task {task} did not come to its node within {time}; it is cancelled when it does")
+            } else {
+                format!(
+                    "task {task} did not end within {time}; it goes on: follow it with haul events --task {task}, or \
+                     cancel it"
+                )
+            }))
         }),
     }
 }

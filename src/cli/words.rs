@@ -63,7 +63,7 @@ pub(super) fn answer_line(answer: &ControlAnswer) -> String {
     if let Some(task) = &answer.task_id {
         line.push(format!(" {task}"));
     }
-    if let Some(reason) = &answer.reason {
+    if let Some(reason) = answer.reason.as_deref().or_else(|| meaning(answer)) {
         line.push(format!(": {reason}"));
     }
     if let (Some(running), Some(waiting)) = (answer.running, answer.waiting) {
@@ -80,6 +80,16 @@ pub(super) fn answer_line(answer: &ControlAnswer) -> String {
         line.push(format!(", version {version}"));
     }
     printable(&line.concat())
+}
+
+/// What the answer to a cancel means, where the agent gives no reason.
+fn meaning(answer: &ControlAnswer) -> Option<&'static str> {
+    answer.task_id.as_ref()?;
+    match answer.answer.as_str() {
+        "pending" => Some("the node does not know it; it is cancelled when it comes"),
+        "settled" => Some("it has ended already; how it ended is reported again"),
+        _ => None,
+    }
 }
 
 /// How a task ended, as a sentence.

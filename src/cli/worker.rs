@@ -62,8 +62,8 @@ impl Observe for KilledAt {
 }
 
 pub(super) fn run(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
-    // The AMQP library writes whole messages into its warnings.
-    config.log.install("info,lapin=error");
+    // The AMQP library writes whole messages into its warnings; what matters of them is said by ourselves.
+    config.log.install("info,lapin=off");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
         .enable_all()

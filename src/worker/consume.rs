@@ -140,6 +140,7 @@ impl Worker {
             return Ok(());
         }
         let patience = tokio::time::Instant::now() + self.settings.ghost_limit;
+        let mut said = false;
         loop {
             match self.broker.depth(&queue).await? {
                 Some(depth) if depth.consumers > 0 => {}
@@ -148,7 +149,14 @@ impl Worker {
             if tokio::time::Instant::now() >= patience {
                 return Err(WorkerError::Occupied { queue });
             }
-            tracing::info!(queue, "somebody consumes our queue; waiting for it to be the ghost of a lost connection");
+            if !std::mem::replace(&mut said, true) {
+                let patience_ms = u64::try_from(self.settings.ghost_limit.as_millis()).unwrap_or(u64::MAX);
+                tracing::warn!(
+                    broker.queue = queue,
+                    wait_ms = patience_ms,
+                    "another consumer is on our queue; waiting, since it may be a lost connection of our own"
+                );
+            }
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
                 () = self.soft.cancelled() => return Ok(()),
