@@ -8,6 +8,7 @@ pub mod asyncapi;
 mod completions;
 mod control;
 mod dead;
+mod demo;
 mod error;
 mod events;
 mod follow;
@@ -100,6 +101,9 @@ enum Command {
     Schema(schema::SchemaArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
+    /// Take a project's whole walk in one process, on the in-memory broker
+    #[command(hide = true)]
+    Demo(demo::DemoArgs),
 }
 
 /// Runs the command that the process was started with.
@@ -132,6 +136,7 @@ fn run(cli: Cli) -> Result<u8, CliError> {
         Command::Project(command) => project::run(load()?, command),
         Command::Schema(args) => schema::run(&args),
         Command::Completions(args) => completions::run(&args),
+        Command::Demo(args) => demo::run(load()?, args),
     }
 }
 

@@ -8,7 +8,8 @@ use clap::{Args, Subcommand, builder::PossibleValuesParser};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use self::report::{Report, print_table, print_whole};
+pub(super) use self::report::print_table;
+use self::report::{Report, print_whole};
 use super::{connect, error::CliError, interrupted, output, words::KINDS};
 use crate::{
     broker::{

@@ -166,7 +166,7 @@ pub(super) async fn open_executor(config: &Config) -> Result<Arc<dyn Execute>, C
     Ok(Arc::new(executor.map_err(|error| refused(&projects, error))?))
 }
 
-fn worker_settings(config: &Config, node: NodeName, force: bool) -> WorkerSettings {
+pub(super) fn worker_settings(config: &Config, node: NodeName, force: bool) -> WorkerSettings {
     let spare = config.broker.consumer_timeout.saturating_sub(config.git.max_timeout + TIMEOUT_MARGIN);
     WorkerSettings {
         node,

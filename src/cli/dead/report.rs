@@ -82,7 +82,7 @@ fn name(letter: &Letter) -> String {
 }
 
 /// The letters as a table.
-pub(super) fn print_table(found: &[Found], now: Timestamp) -> Result<(), CliError> {
+pub(in crate::cli) fn print_table(found: &[Found], now: Timestamp) -> Result<(), CliError> {
     let mut table = Table::new(["#", "TASK", "NODE", "KIND", "PROJECT", "CLASS", "ATTEMPTS", "AGE", "ERROR"]);
     for Found { letter, .. } in found {
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
