@@ -41,7 +41,7 @@ impl Address {
         let host = url.host_str().filter(|host| !host.is_empty()).ok_or_else(unfit)?;
         Ok(Self {
             tls,
-            host: host.trim_matches(['[', ']']).to_owned(),
+            host: decoded(host.trim_matches(['[', ']'])),
             port: url.port().unwrap_or(if tls { 5671 } else { 5672 }),
             user: if url.username().is_empty() { "guest".to_owned() } else { decoded(url.username()) },
             password: SecretString::from(url.password().map_or_else(|| "guest".to_owned(), decoded)),

@@ -1,6 +1,7 @@
 //! One project on disk, seen from outside: where a task is in it, and what must hold there.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     fs,
     os::unix::fs::{MetadataExt, symlink},
@@ -64,13 +65,18 @@ pub(crate) enum Point {
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     /// Pulls that left old and new files side by side.
-    pub(crate) mixed: usize,
+    pub(crate) mixed: Cell<usize>,
     /// Pulls whose first attempt failed.
-    pub(crate) pull_failed: usize,
+    pub(crate) pull_failed: Cell<usize>,
     /// Clones that were not there after the kill.
-    pub(crate) clone_failed: usize,
+    pub(crate) clone_failed: Cell<usize>,
     /// Deletes that were done at the kill.
-    pub(crate) delete_done: usize,
+    pub(crate) delete_done: Cell<usize>,
+}
+
+/// Counts one more if `met`.
+pub(crate) fn count(counter: &Cell<usize>, met: bool) {
+    counter.set(counter.get() + usize::from(met));
 }
 
 /// Numbers that look random and are the same each time.
@@ -228,7 +234,7 @@ impl Scene {
                 || name.contains("_git2_")
                 || name.starts_with(".tmp")
                 || name.starts_with("tmp_")
-                || name.ends_with(".lock")
+                || ends(name, "lock")
         };
         assert_eq!(names(&self.path().join(".git"), &stray), Vec::<PathBuf>::new());
     }
@@ -242,12 +248,9 @@ impl Scene {
         }
         assert_eq!(entries(&self.ours().join("owners"), &|name| name.starts_with('.')), Vec::<String>::new());
         assert_eq!(entries(&self.mirrors(), &|name| name.contains(".git.")), Vec::<String>::new());
-        for mirror in entries(&self.mirrors(), &|name| name.ends_with(".git")) {
+        for mirror in entries(&self.mirrors(), &|name| ends(name, "git")) {
             let half = |name: &str| {
-                name.starts_with(".tmp")
-                    || name.starts_with("tmp_")
-                    || name.ends_with(".lock")
-                    || name.ends_with(".keep")
+                name.starts_with(".tmp") || name.starts_with("tmp_") || ends(name, "lock") || ends(name, "keep")
             };
             assert_eq!(names(&self.mirrors().join(mirror), &half), Vec::<PathBuf>::new());
         }
@@ -269,7 +272,9 @@ impl Scene {
         self.at(point, agent, delay, |agent| {
             let children = children(agent);
             kill(agent);
-            children.into_iter().for_each(|(pid, _)| kill(pid));
+            for (pid, _) in children {
+                kill(pid);
+            }
         })
     }
 
@@ -330,7 +335,7 @@ impl Scene {
                     buried.iter().any(|name| entries(&trash.join(name), &|_| true).len() < 6)
                 })
             }
-            Point::MirrorGone => Box::new(move || entries(&mirrors, &|name| name.ends_with(".git")).is_empty()),
+            Point::MirrorGone => Box::new(move || entries(&mirrors, &|name| ends(name, "git")).is_empty()),
         }
     }
 }
@@ -351,6 +356,10 @@ fn inode(path: &Path) -> Option<u64> {
 fn entries(dir: &Path, wanted: &dyn Fn(&str) -> bool) -> Vec<String> {
     let names = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
     names.filter_map(|name| name.into_string().ok()).filter(|name| wanted(name)).collect()
+}
+
+fn ends(name: &str, extension: &str) -> bool {
+    Path::new(name).extension().is_some_and(|end| end == extension)
 }
 
 /// Every path beneath `dir` whose name is wanted.

@@ -5,35 +5,25 @@ use std::{fmt, time::Duration};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::broker::BrokerError;
+use crate::broker::{BrokerError, address};
 
-/// Where a broker listens and who we are there. Prints without user and password.
+/// Where a broker listens, and what lapin is told about who we are there. Prints without user and password.
 #[derive(Clone)]
 pub(super) struct Address {
-    /// Host name or address, without brackets.
-    pub(super) host: String,
-    /// Port.
-    pub(super) port: u16,
-    /// Whether the connection is encrypted.
-    pub(super) tls: bool,
+    /// Where it listens.
+    pub(super) broker: address::Address,
     uri: AMQPUri,
 }
 
 impl Address {
     /// Reads one entry of `broker.urls`; `heartbeat` in seconds holds unless the address has its own.
     pub(super) fn parse(text: &SecretString, heartbeat: u16) -> Result<Self, BrokerError> {
+        let broker = address::Address::parse(text)?;
         // The parser's own words may quote the address, and with it the password.
         let wrong = || BrokerError::Settings("broker.urls has an entry that is not an AMQP address".to_owned());
         let mut uri: AMQPUri = text.expose_secret().parse().map_err(|_| wrong())?;
-        let url = url::Url::parse(text.expose_secret()).map_err(|_| wrong())?;
-        let host = match url.host() {
-            Some(url::Host::Ipv6(ip)) => ip.to_string(),
-            Some(host) => percent_encoding::percent_decode_str(&host.to_string()).decode_utf8_lossy().into_owned(),
-            None => return Err(wrong()),
-        };
         uri.query.heartbeat.get_or_insert(heartbeat);
-        let (port, tls) = (uri.authority.port, uri.scheme == AMQPScheme::AMQPS);
-        Ok(Self { host, port, tls, uri })
+        Ok(Self { broker, uri })
     }
 
     /// How long the broker may be silent: two heartbeats, of each of which it sends two. Nothing where there are none.
@@ -54,12 +44,7 @@ impl Address {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scheme = if self.tls { "amqps" } else { "amqp" };
-        if self.host.contains(':') {
-            write!(f, "{scheme}://[{}]:{}", self.host, self.port)
-        } else {
-            write!(f, "{scheme}://{}:{}", self.host, self.port)
-        }
+        write!(f, "{}://{}", if self.broker.tls { "amqps" } else { "amqp" }, self.broker.authority())
     }
 }
 
@@ -94,7 +79,7 @@ mod tests {
     #[test]
     fn addresses_of_version_six_keep_their_host() {
         let address = parse("amqp://u:p@[::1]:5673/%2f").unwrap();
-        assert_eq!((address.host.as_str(), address.port), ("::1", 5673));
+        assert_eq!((address.broker.host.as_str(), address.broker.port), ("::1", 5673));
         assert_eq!(address.to_string(), "amqp://[::1]:5673");
     }
 

@@ -74,7 +74,7 @@ impl Target {
         let heartbeat = u16::try_from(settings.heartbeat.as_secs()).unwrap_or(u16::MAX);
         let addresses: Vec<_> =
             settings.urls.iter().map(|url| Address::parse(url, heartbeat)).collect::<Result<_, _>>()?;
-        let tls = if addresses.iter().any(|address| address.tls) { Some(connector(settings)?) } else { None };
+        let tls = if addresses.iter().any(|address| address.broker.tls) { Some(connector(settings)?) } else { None };
         let properties = ConnectionProperties::default()
             .with_connection_name(app.into())
             .with_client_property("product".into(), "haul".into())
@@ -83,10 +83,10 @@ impl Target {
             .into_iter()
             .map(|address| Self {
                 wire: Wire(Arc::new(WireInner {
-                    host: address.host.clone(),
-                    port: address.port,
+                    host: address.broker.host.clone(),
+                    port: address.broker.port,
                     patience: address.patience(),
-                    tls: tls.clone().filter(|_| address.tls),
+                    tls: tls.clone().filter(|_| address.broker.tls),
                     tokio: Tokio::current(),
                     seen: ServerProperties::default(),
                 })),
