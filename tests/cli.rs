@@ -267,7 +267,8 @@ fn completions_are_a_script_that_bash_takes() {
     let file = directory.path().join("haul.bash");
     std::fs::write(&file, &script.out).unwrap();
     let mut bash = Command::new("bash");
-    let words = r#". "$0" && COMP_WORDS=(haul project "") COMP_CWORD=2 && _haul haul "" project && echo "${COMPREPLY[@]}""#;
+    let words =
+        r#". "$0" && COMP_WORDS=(haul project "") COMP_CWORD=2 && _haul haul "" project && echo "${COMPREPLY[@]}""#;
     bash.args(["-c", words]).arg(&file);
     let completed = run(bash);
     assert!(completed.out.contains("forget"), "{}{}", completed.out, completed.err);

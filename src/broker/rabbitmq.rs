@@ -238,6 +238,12 @@ impl Broker for RabbitMq {
         }
     }
 
+    fn server_version(&self) -> Option<String> {
+        let told =
+            |target: &Target| target.server().get().get("version").and_then(HeaderValue::as_text).map(str::to_owned);
+        self.targets.iter().find_map(told)
+    }
+
     async fn browse(&self, queue: &str) -> Result<Box<dyn Browse>, BrokerError> {
         let (_, connection) = self.connection().await?;
         Ok(Box::new(browse::Reader::open(connection, queue).await?))
