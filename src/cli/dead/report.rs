@@ -46,10 +46,8 @@ impl Report {
     }
 
     pub(super) fn end(self, summary: Summary, done: &str) -> Result<u8, CliError> {
-        let mut sentence = format!("{} of {} dead letters {done}", summary.done, summary.matched);
-        if summary.left > 0 {
-            sentence += &format!(", {} left in the queue", summary.left);
-        }
+        let left = if summary.left > 0 { format!(", {} left in the queue", summary.left) } else { String::new() };
+        let mut sentence = format!("{} of {} dead letters {done}{left}", summary.done, summary.matched);
         if summary.interrupted {
             sentence.push_str("; it ended early, and the rest was not touched");
         }
