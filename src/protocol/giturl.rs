@@ -71,6 +71,10 @@ impl GitUrl {
         if rest.contains("://") || rest.contains("::") && !rest.starts_with('[') && !rest.contains("@[") {
             return Err(Failure::invalid("git_url has a scheme inside it"));
         }
+        if scheme != Scheme::File && rest.starts_with('/') {
+            // A parser for browsers would take what follows for the host.
+            return Err(Failure::invalid("git_url has no host"));
+        }
         let url = Url::parse(text).map_err(|error| Failure::invalid(format!("git_url cannot be read: {error}")))?;
         let parsed = Self { url, scheme };
         parsed.check()?;
@@ -227,6 +231,9 @@ mod tests {
             "https:host/x",
             "https:/host/x",
             "https:///x",
+            "https:///host/x",
+            "http:////host/x",
+            "ssh:///host/x",
             "git-remote-ext::x",
             "javascript://x/y",
             "transport::addr",

@@ -50,7 +50,13 @@ fn search(path: &Path, searched: &mut usize) {
         fs::read_dir(path).unwrap().for_each(|entry| search(&entry.unwrap().path(), searched));
     } else {
         *searched += 1;
-        assert!(!holds_canary(&fs::read(path).unwrap()), "{} holds the secret", path.display());
+        let bytes = fs::read(path).unwrap();
+        if holds_canary(&bytes) {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            let at = text.to_ascii_lowercase().find(CANARY).unwrap_or(0);
+            let around: String = text[..at].chars().rev().take(400).collect::<Vec<_>>().into_iter().rev().collect();
+            panic!("{} holds the secret after {around:?}", path.display());
+        }
     }
 }
 

@@ -52,23 +52,35 @@ fn redact_addresses(text: &str) -> Option<String> {
     let mut rest = text;
     let mut found = false;
     while let Some((before, after)) = rest.split_once("://") {
-        let end = after.find(|c: char| matches!(c, '/' | '?' | '#' | '"' | '\\') || c.is_whitespace());
-        let (authority, tail) = after.split_at(end.unwrap_or(after.len()));
+        let word = after.split(|c: char| c == '"' || c.is_whitespace()).next().unwrap_or_default();
         out.push_str(before);
         out.push_str("://");
-        match authority.rsplit_once('@') {
-            Some((user, host)) if user.contains([':', '@', '%']) || !before.ends_with("ssh") => {
+        match end_of_user(word, before.ends_with("ssh")) {
+            Some(end) => {
                 out.push_str(REDACTED);
-                out.push('@');
-                out.push_str(host);
+                rest = &after[end..];
                 found = true;
             }
-            _ => out.push_str(authority),
+            None => rest = after,
         }
-        rest = tail;
     }
     out.push_str(rest);
     found.then_some(out)
+}
+
+/// Where the `@` is that ends what may be a secret in an address, from behind its scheme on.
+fn end_of_user(word: &str, ssh: bool) -> Option<usize> {
+    const END: [char; 4] = ['/', '?', '#', '\\'];
+    let bare = word.trim_start_matches(END);
+    let begin = word.len() - bare.len();
+    let authority = bare.split(END).next().unwrap_or_default();
+    if let Some((user, _)) = authority.rsplit_once('@') {
+        let harmless = ssh && begin == 0 && !user.contains([':', '@', '%']);
+        return (!harmless).then_some(begin + user.len());
+    }
+    // What looks like a port and is none may be the beginning of a password with a separator in it.
+    let (_, port) = authority.split_once(':').filter(|_| !authority.starts_with('['))?;
+    if port.bytes().all(|b| b.is_ascii_digit()) { None } else { word.rfind('@') }
 }
 
 /// The address without a query or fragment, and without a user where there is no scheme.
@@ -103,6 +115,10 @@ mod tests {
             "https://host/x#canary",
             "canary@host:x",
             "user:canary@host/x",
+            "https:///user:canary@host/x",
+            "https://user:pass/canary@host/x",
+            "https://user:canary/pass@host/x",
+            "ssh:///canary@host/x",
         ] {
             let task = json!({"v": 1, "task_id": "t", "kind": "clone", "project_id": 42, "git_url": url,
                 "target_path": "7_app", "note": {"seen": ["https://canary@elsewhere/"]}});
@@ -122,6 +138,7 @@ mod tests {
         for body in [
             r#"{"git_url":"ssh://git@host/x",  "target_path":"..", "target_path":"b", "credential":"team"}"#,
             r#"{"git_url":"https://host/x@y", "credential":null}"#,
+            r#"{"git_url":"https://host:8443/x@y", "note":"see https://host/a, ask me@host"}"#,
             "not json at all: a@b",
             "",
         ] {
