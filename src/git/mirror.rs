@@ -162,7 +162,8 @@ impl Mirrors {
         let path = self.directory.join(format!("{key}.git"));
         let flight = self.flight(&key);
         let _turn = child::within(run, None, flight.lock()).await?;
-        let lock = lock_shared(self.directory.join(format!("{key}.lock")), run).await?;
+        let lock_path = self.directory.join(format!("{key}.lock"));
+        let lock = lock_shared(lock_path.clone(), run).await?;
         let request = transfer::Request {
             url: url.as_str().to_owned(),
             mirror: path.clone(),
@@ -173,7 +174,13 @@ impl Mirrors {
             known_hosts: self.settings.known_hosts.clone(),
             max_bytes: self.settings.max_bytes.as_u64(),
         };
-        let answer: transfer::Answer = self.children.run(Role::Transfer, &request, Vec::new(), run).await?;
+        let answer: Result<transfer::Answer, _> = self.children.run(Role::Transfer, &request, Vec::new(), run).await;
+        if answer.is_err() && !path.exists() {
+            // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused
+            // addresses leave no thousand files.
+            let _ = std::fs::remove_file(&lock_path);
+        }
+        let answer = answer?;
         Ok(Fetched {
             path,
             listing: answer.listing,
