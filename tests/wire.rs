@@ -67,7 +67,7 @@ impl Outsider {
     }
 
     /// Publishes a message with `amqp-publish`, the body on its standard input.
-    fn publish(&self, exchange: &str, body: &str) {
+    fn publish(exchange: &str, body: &str) {
         let mut child = Command::new("amqp-publish")
             .args(["--url", &Rabbit::shared().url, "--exchange", exchange, "--routing-key", "n1"])
             .args(["--persistent", "--content-type", "application/json"])
@@ -80,12 +80,12 @@ impl Outsider {
 
     fn task(&self, task: &Value) {
         self.assert_fits("task", task);
-        self.publish(&self.agent.names.task(), &task.to_string());
+        Self::publish(&self.agent.names.task(), &task.to_string());
     }
 
     fn control(&self, command: &Value) {
         self.assert_fits("control", command);
-        self.publish(&self.agent.names.control(), &command.to_string());
+        Self::publish(&self.agent.names.control(), &command.to_string());
     }
 
     /// Waits for the first message that `wanted` takes; each that came is held against its schema.
@@ -229,7 +229,7 @@ async fn a_client_with_the_schemas_alone_clones_pulls_asks_cancels_and_deletes()
     master.task(&down);
     assert_eq!(master.end("down", "failed").await["error"]["class"], "network");
     assert!(master.saw("down", "retrying"));
-    master.publish(
+    Outsider::publish(
         &master.agent.names.task(),
         &clone
             .to_string()
@@ -250,7 +250,7 @@ async fn a_client_with_the_schemas_alone_clones_pulls_asks_cancels_and_deletes()
         master.control(&json!({"v": 1, "command": command, "control_id": command}));
         master.answer(command, answer).await;
     }
-    master.publish(&master.agent.names.control(), r#"{"v": 1, "command": "reboot"}"#);
+    Outsider::publish(&master.agent.names.control(), r#"{"v": 1, "command": "reboot"}"#);
     master.until("the refusal", |message| message["answer"] == "refused").await;
 
     // Older than what was applied.

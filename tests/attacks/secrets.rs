@@ -47,7 +47,9 @@ fn search(path: &Path, searched: &mut usize) {
         return;
     }
     if path.is_dir() {
-        fs::read_dir(path).unwrap().for_each(|entry| search(&entry.unwrap().path(), searched));
+        for entry in fs::read_dir(path).unwrap() {
+            search(&entry.unwrap().path(), searched);
+        }
     } else {
         *searched += 1;
         let bytes = fs::read(path).unwrap();
