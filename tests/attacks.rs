@@ -1,5 +1,7 @@
 //! Hostile tasks against a real agent on a real broker, row by row: each table holds the spellings of one attack, and
 //! after each the node must be as it was, with a reason in the dead letters and the next good task done.
+//!
+//! Longer than 400 lines because the tables of nine rows stand beside each other.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -66,7 +66,6 @@ async fn haul(agent: &Agent, arguments: &[&str]) -> (i32, Vec<Value>) {
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     let printed = serde_json::Deserializer::from_slice(&output.stdout).into_iter().collect::<Result<_, _>>();
     let said = String::from_utf8_lossy(&output.stderr);
-    println!("haul {arguments:?} ended with {} and said: {said}", output.status);
     (output.status.code().unwrap(), printed.unwrap_or_else(|error| panic!("{arguments:?}: {error}; it said {said}")))
 }
 

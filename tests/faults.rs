@@ -78,6 +78,7 @@ impl Scene {
     }
 
     /// A task that is published now ends within `limit` of `since`.
+    #[expect(clippy::print_stdout, reason = "the time it took is a figure that people ask for")]
     async fn consumes_within(&self, limit: Duration, since: Instant) {
         let id = format!("probe-{}", self.agent.all_events().len());
         self.agent.publish(&Agent::clone_task(&id, 2, &self.other, "2_app")).await;

@@ -92,11 +92,11 @@ impl Proxy {
     /// The newest consumer of a queue.
     fn consuming(&self, queue: &str) -> (Arc<Link>, Consuming) {
         let links = self.links.lock().unwrap();
-        let consumers = links.iter().flat_map(|link| {
+        let mut consumers = links.iter().flat_map(|link| {
             let consumers = link.consumers.lock().unwrap().clone();
             consumers.into_iter().map(|consuming| (Arc::clone(link), consuming))
         });
-        consumers.filter(|(_, consuming)| consuming.queue == queue).last().expect("somebody consumes the queue")
+        consumers.rfind(|(_, consuming)| consuming.queue == queue).expect("somebody consumes the queue")
     }
 }
 
@@ -166,7 +166,7 @@ impl Link {
     /// A stalled link does not even pass on that one side is gone.
     async fn quiet_while_stalled(&self) {
         if self.stalled.load(Ordering::SeqCst) {
-            std::future::pending().await
+            std::future::pending().await;
         }
     }
 }
