@@ -166,7 +166,7 @@ impl Link {
     /// A stalled link does not even pass on that one side is gone.
     async fn quiet_while_stalled(&self) {
         if self.stalled.load(Ordering::SeqCst) {
-            std::future::pending().await;
+            std::future::pending::<()>().await;
         }
     }
 }
