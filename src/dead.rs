@@ -126,7 +126,7 @@ impl DeadLetters {
             found.push(Found { letter, message: delivery.message.clone() });
             reading.leave(delivery).await;
         }
-        reading.give_back().await?;
+        reading.give_back(stop.is_cancelled()).await?;
         Ok(found)
     }
 
@@ -174,7 +174,7 @@ impl DeadLetters {
             report(&letter, &fate);
             if !go_on {
                 // The channel may be gone with the rest of the connection; the broker then gives them back itself.
-                if let Err(error) = reading.give_back().await {
+                if let Err(error) = reading.give_back(true).await {
                     tracing::warn!(error = %error, "could not give dead letters back");
                 }
                 summary.interrupted = true;
@@ -185,7 +185,7 @@ impl DeadLetters {
             }
         }
         summary.interrupted = stop.is_cancelled();
-        reading.give_back().await?;
+        reading.give_back(stop.is_cancelled()).await?;
         Ok(summary)
     }
 
@@ -219,7 +219,7 @@ impl DeadLetters {
             report(&letter, &fate);
         }
         summary.interrupted = stop.is_cancelled();
-        reading.give_back().await?;
+        reading.give_back(stop.is_cancelled()).await?;
         Ok(summary)
     }
 

@@ -14,6 +14,8 @@ use crate::{
 /// How long letters are held before they are given back and taken anew: brokers close a channel that holds a message
 /// for longer than their consumer timeout (30 minutes by default).
 const LONGEST_HOLD: Duration = Duration::from_mins(10);
+/// How long an interrupted command may still read, to keep the order.
+const HURRY: Duration = Duration::from_secs(5);
 /// The broker's own count of a message's returns.
 const DELIVERY_COUNT: &str = "x-delivery-count";
 
@@ -53,8 +55,25 @@ impl Reading {
     }
 
     /// Gives back all that was left, in one step.
-    pub(super) async fn give_back(self) -> Result<(), BrokerError> {
+    ///
+    /// What is given back goes behind what was given back before, so the rest is read first: only all of it together
+    /// keeps its order. `hurried`, it is given back out of order rather than late.
+    pub(super) async fn give_back(mut self, hurried: bool) -> Result<(), BrokerError> {
+        self.read_rest(hurried.then(|| Instant::now() + HURRY)).await?;
         self.browse.give_back().await
+    }
+
+    async fn read_rest(&mut self, until: Option<Instant>) -> Result<(), BrokerError> {
+        let kept = self.kept;
+        for _ in 0..self.unread {
+            if until.is_some_and(|until| Instant::now() >= until) {
+                break;
+            }
+            let Some(delivery) = self.browse.next().await? else { break };
+            self.leave(delivery).await;
+        }
+        self.kept = kept;
+        Ok(())
     }
 
     /// Whether letters have been held for so long that the pass should be [`renewed`](Self::renewed).
@@ -109,7 +128,8 @@ impl Reading {
     }
 
     /// Gives back what is held and goes on behind it: what was left is again at the head of the queue.
-    pub(super) async fn renewed(self) -> Result<Self, DeadError> {
+    pub(super) async fn renewed(mut self) -> Result<Self, DeadError> {
+        self.read_rest(None).await?;
         self.browse.give_back().await?;
         let mut browse = self.broker.browse(&self.queue).await?;
         for _ in 0..self.kept {

@@ -168,20 +168,25 @@ impl Exam<'_> {
         for node in &self.facts.nodes {
             let queue = self.wanted.names.node(node);
             let Some(depth) = self.facts.depths.get(&queue) else { continue };
-            if depth.consumers == 0 {
-                findings.push(finding(
+            // Of a queue with a single active consumer AMQP counts that one only; the API lists those who wait too.
+            let listed = match &self.facts.inventory {
+                Told::Yes(inventory) => inventory.consumers.iter().filter(|one| one.queue == queue).count(),
+                Told::No(_) => 0,
+            };
+            match listed.max(depth.consumers as usize) {
+                0 => findings.push(finding(
                     Severity::Yellow,
                     &queue,
                     format!("no agent consumes it, and {} tasks wait", depth.messages),
                     format!("start `haul worker` on {node}"),
-                ));
-            } else if depth.consumers > 1 {
-                findings.push(self.second_consumer(&queue, depth.consumers));
+                )),
+                1 => {}
+                several => findings.push(self.second_consumer(&queue, several)),
             }
         }
     }
 
-    fn second_consumer(&self, queue: &str, consumers: u32) -> Finding {
+    fn second_consumer(&self, queue: &str, consumers: usize) -> Finding {
         let waiting: Vec<_> = match &self.facts.inventory {
             Told::Yes(inventory) => {
                 let here = inventory.consumers.iter().filter(|one| one.queue == queue && !one.active);
@@ -258,7 +263,7 @@ impl Exam<'_> {
             Severity::Yellow,
             "management API",
             format!(
-                "it could not be asked ({reason}), so arguments, bindings, policies, delivery limits and alarms were not \
+                "it could not be asked ({reason}), so arguments, bindings, policies, delivery limits, second consumers and alarms were not \
                  examined{which}"
             ),
             format!(
@@ -560,19 +565,23 @@ mod tests {
 
     #[test]
     fn consumers_are_exactly_one() {
-        let consumers = |count| {
+        let consumers = |tags: &'static [&'static str]| {
             after(NEW, |facts| {
-                facts.depths.insert("haul.node.a".to_owned(), Depth { messages: 3, consumers: count });
-                inventory(facts).consumers = vec![ConsumerView {
+                let active = u32::from(!tags.is_empty());
+                facts.depths.insert("haul.node.a".to_owned(), Depth { messages: 3, consumers: active });
+                let consumer = |(place, tag): (usize, &&str)| ConsumerView {
                     queue: "haul.node.a".to_owned(),
-                    tag: "haul-2".to_owned(),
-                    connection: "10.0.0.9:4 -> 10.0.0.1:5672".to_owned(),
-                    active: false,
-                }];
+                    tag: (*tag).to_owned(),
+                    connection: format!("10.0.0.{place}:4 -> 10.0.0.9:5672"),
+                    active: place == 0,
+                };
+                inventory(facts).consumers = tags.iter().enumerate().map(consumer).collect();
             })
         };
-        only(consumers(0), Severity::Yellow, "haul.node.a", "no agent consumes it, and 3 tasks wait", "haul worker");
-        only(consumers(2), Severity::Yellow, "haul.node.a", "10.0.0.9:4 -> 10.0.0.1:5672", "close_connection");
+        only(consumers(&[]), Severity::Yellow, "haul.node.a", "no agent consumes it, and 3 tasks wait", "haul worker");
+        assert_eq!(consumers(&["haul-1"]), []);
+        let two = consumers(&["haul-1", "haul-2"]);
+        only(two, Severity::Yellow, "haul.node.a", "waiting: 10.0.0.1:4 -> 10.0.0.9:5672 (haul-2)", "close_connection");
     }
 
     #[test]
