@@ -57,13 +57,19 @@ async fn clone_killed_at(step: Step) {
     assert_eq!(visible_projects(&agent.projects()), ["7_app"]);
 }
 
-async fn pull_killed_at(step: Step) {
-    let upstream = Repository::new();
+/// An agent that has cloned project 7 into `7_app`, and does not run.
+async fn with_a_project(upstream: &Repository) -> Agent {
     let mut agent = Agent::new(Rabbit::shared()).await;
     agent.start(&[]);
-    agent.publish(&Agent::clone_task("c", 7, &upstream, "7_app")).await;
+    agent.publish(&Agent::clone_task("c", 7, upstream, "7_app")).await;
     agent.end("c", 0).await;
     agent.kill().await;
+    agent
+}
+
+async fn pull_killed_at(step: Step) {
+    let upstream = Repository::new();
+    let mut agent = with_a_project(&upstream).await;
     let project = agent.projects().join("7_app");
     std::fs::write(project.join("mine"), "untouched").unwrap();
     let head = upstream.commit("README", "second\n");
@@ -76,11 +82,7 @@ async fn pull_killed_at(step: Step) {
 
 async fn delete_killed_at(step: Step) {
     let upstream = Repository::new();
-    let mut agent = Agent::new(Rabbit::shared()).await;
-    agent.start(&[]);
-    agent.publish(&Agent::clone_task("c", 7, &upstream, "7_app")).await;
-    agent.end("c", 0).await;
-    agent.kill().await;
+    let mut agent = with_a_project(&upstream).await;
     dies_at(&mut agent, step, &Agent::task("t", "delete", 7)).await;
     one_end(&mut agent, "t", Status::Succeeded).await;
     assert!(visible_projects(&agent.projects()).is_empty());
