@@ -3,6 +3,8 @@
 mod clone;
 mod delete;
 mod executor;
+mod history;
+mod obtain;
 mod pull;
 mod reserve;
 mod status;

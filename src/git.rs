@@ -15,7 +15,7 @@ mod transfer;
 pub(crate) mod workspace;
 
 pub(crate) use child::Children;
-pub(crate) use mirror::{Fetched, Listing, Mirrors, Want};
+pub(crate) use mirror::{Came, Fetched, Listing, Mirrors, Underway, Want};
 pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Projects, PullNote, Site, Staging, Stamp};
 pub use projects::{ProjectRecord, survey};
 pub(crate) use room::room;

@@ -11,10 +11,12 @@ use jiff::Timestamp;
 use super::{
     Job,
     executor::{GitExecutor, blocking, stamp},
+    history::PENDING,
+    obtain::{self, Obtained},
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{Applied, Binding, Fetched, Follows, Identity, Listing, Look, Make, Run, Site, Staging, Want, workspace},
+    git::{Applied, Binding, Fetched, Follows, Identity, Listing, Look, Make, Run, Site, Staging, workspace},
     protocol::{CloneTask, Progress, Revision, TaskResult},
 };
 
@@ -53,6 +55,7 @@ async fn already_there(
     // Also shows that the tree can be used.
     let looked = workspace::look(&git.children, directory, Look::default(), run).await?;
     run.fence.check().await?;
+    let history = binding.history.as_ref().map(|_| PENDING.to_owned());
     let (project, stamp) = (binding.project, stamp(job));
     git.on_projects(move |projects| projects.advance(project, &stamp, |_| ())).await?;
     Ok(TaskResult {
@@ -62,20 +65,14 @@ async fn already_there(
         source: Some("mirror".to_owned()),
         objects: Some(0),
         received_bytes: Some(0),
+        history,
         ..TaskResult::default()
     })
 }
 
 async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> Result<TaskResult, Failure> {
-    let want = match &work.revision {
-        Revision::Commit(oid) => Want::Commit(oid.clone()),
-        Revision::Branch(name) if work.single_branch => Want::Branch(name.as_str().to_owned()),
-        _ => Want::All,
-    };
     git.reserve.check().await?;
-    let fetched = git.mirrors.fetch(&work.url, work.credential.as_ref(), &want, run).await?;
-    let (follows, object) = resolve(&work.revision, &fetched.listing)?;
-    expected(work, &follows, object.as_deref(), &fetched.listing)?;
+    let Obtained { fetched, follows, object, tree_first } = obtain::obtain(git, work, run).await?;
     let task = job.task.id.clone();
     let staging = Arc::new(git.on_projects(move |projects| projects.stage(&task)).await?);
     let made = async {
@@ -87,7 +84,9 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
             credential: work.credential.as_ref().map(|name| name.as_str().to_owned()),
             follows,
             single_branch: work.single_branch,
+            history: tree_first.then(|| fetched.shallow.clone()),
             // Known to the placing alone.
+            placed: 0,
             directory: Identity::default(),
             last_fetch: Some(Timestamp::now()),
             applied: Applied::default(),
@@ -96,6 +95,7 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
         let (staging, stamp) = (Arc::clone(&staging), stamp(job));
         let placed = git.on_projects(move |projects| projects.place(&staging, binding, &stamp)).await?;
         result.local_path = Some(placed.target);
+        result.history = tree_first.then(|| PENDING.to_owned());
         Ok(result)
     }
     .await;
@@ -127,6 +127,7 @@ async fn made(
         follows: follows.clone(),
         object,
         single_branch: work.single_branch,
+        shallow: fetched.shallow.clone(),
         budget: git.budget(),
         reserve: git.reserve.bytes(),
     };
@@ -181,7 +182,7 @@ async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) 
 }
 
 /// What a revision means on the upstream: what the project follows, and the object to check out.
-fn resolve(revision: &Revision, listing: &Listing) -> Result<(Follows, Option<String>), Failure> {
+pub(super) fn resolve(revision: &Revision, listing: &Listing) -> Result<(Follows, Option<String>), Failure> {
     let absent = |what: String| Failure::new(ErrorClass::NotFound, format!("the upstream has no {what}"));
     match revision {
         Revision::Default => {
@@ -214,7 +215,12 @@ fn resolve(revision: &Revision, listing: &Listing) -> Result<(Follows, Option<St
 /// Refuses an upstream whose branch or tag is not at the commit that the task expects.
 ///
 /// The class is `not_found`: what was asked for, that name at that commit, does not exist.
-fn expected(work: &CloneTask, follows: &Follows, object: Option<&str>, listing: &Listing) -> Result<(), Failure> {
+pub(super) fn expected(
+    work: &CloneTask,
+    follows: &Follows,
+    object: Option<&str>,
+    listing: &Listing,
+) -> Result<(), Failure> {
     let Some(expected) = work.expect_commit.as_deref() else { return Ok(()) };
     let commit = match follows {
         Follows::Tag(name) => listing.peeled.get(&format!("refs/tags/{name}")).map(String::as_str).or(object),

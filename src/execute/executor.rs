@@ -19,7 +19,7 @@ use crate::{
 pub struct GitExecutor {
     pub(super) settings: GitSettings,
     pub(super) children: Children,
-    pub(super) mirrors: Mirrors,
+    pub(super) mirrors: Arc<Mirrors>,
     pub(super) projects: Arc<Projects>,
     pub(super) reserve: Reserve,
 }
@@ -46,7 +46,13 @@ impl GitExecutor {
         let projects = blocking(move || Projects::open(&path)).await?;
         let bound = projects.mirrored();
         mirrors.remove_unused(move |key| bound.contains(key)).await?;
-        Ok(Self { settings: settings.clone(), children, mirrors, projects: Arc::new(projects), reserve })
+        Ok(Self {
+            settings: settings.clone(),
+            children,
+            mirrors: Arc::new(mirrors),
+            projects: Arc::new(projects),
+            reserve,
+        })
     }
 
     /// How large a tree may be.
@@ -97,12 +103,7 @@ impl Execute for GitExecutor {
     fn admit(&self, task: &Task) -> Result<(), Failure> {
         match &task.work {
             Work::Clone(work) => {
-                let unsupported = [
-                    ("submodules", work.submodules),
-                    ("lfs", work.lfs),
-                    ("depth", work.depth.is_some()),
-                    ("owner", work.owner.is_some()),
-                ];
+                let unsupported = [("submodules", work.submodules), ("lfs", work.lfs), ("owner", work.owner.is_some())];
                 if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
                     return Err(Failure::invalid(format!("this agent does not support {field}")));
                 }

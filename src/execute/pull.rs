@@ -169,7 +169,7 @@ async fn bring(
     }
     let (reader, writer) = std::io::pipe()?;
     let pull = workspace::pull(&git.children, dir.handle()?, Some(OwnedFd::from(reader)), order, run, note);
-    let pack = pack::stream(&git.children, &fetched.path, &wants, &haves, OwnedFd::from(writer), run);
+    let pack = pack::stream(&git.children, &fetched.path, &wants, &haves, &looked.shallow, OwnedFd::from(writer), run);
     tokio::pin!(pull, pack);
     tokio::select! {
         pulled = &mut pull => match pulled {

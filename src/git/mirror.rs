@@ -1,5 +1,7 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod tip;
+mod underway;
 mod upkeep;
 
 use std::{
@@ -12,12 +14,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::BoxFuture;
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Run,
@@ -25,7 +29,7 @@ use super::{
     credential::CredentialFile,
     policy::Policy,
     settings::GitSettings,
-    transfer,
+    transfer::{self, Heard},
 };
 use crate::{
     failure::Failure,
@@ -35,6 +39,7 @@ use crate::{
 /// How often a lock that somebody holds is tried again.
 const LOCK_POLL: Duration = Duration::from_millis(50);
 
+pub(crate) use self::underway::{Came, Underway};
 pub(super) use self::upkeep::sweep;
 
 /// What a fetch is for.
@@ -94,8 +99,18 @@ pub struct Fetched {
     pub received_bytes: u64,
     /// Whether anything had to be received.
     pub source: Source,
-    /// The shared lock; whoever removes packs takes the exclusive one.
-    _lock: File,
+    /// The commits at which the history ends; none in a mirror.
+    pub shallow: Vec<String>,
+    _hold: Hold,
+}
+
+/// What keeps the objects where they are.
+#[derive(Debug)]
+enum Hold {
+    /// The shared lock of a mirror; whoever removes packs takes the exclusive one.
+    Mirror { _lock: File },
+    /// A tip store, which goes with this.
+    Tip { _store: tip::Store },
 }
 
 /// The mirrors of one storage directory.
@@ -106,6 +121,8 @@ pub struct Mirrors {
     children: Children,
     /// One transfer at a time into each mirror.
     flights: Mutex<HashMap<String, Weak<Flight>>>,
+    /// Fetches that whoever began them left to go on; a mirror that is removed stops its own.
+    ahead: Mutex<HashMap<String, CancellationToken>>,
 }
 
 type Flight = tokio::sync::Mutex<()>;
@@ -127,6 +144,7 @@ impl Mirrors {
             policy: Policy::from(settings),
             children,
             flights: Mutex::default(),
+            ahead: Mutex::default(),
         })
     }
 
@@ -153,28 +171,36 @@ impl Mirrors {
         want: &Want,
         run: &Run<'_>,
     ) -> Result<Fetched, Failure> {
-        self.allow(url)?;
-        let file = match credential.filter(|_| url.scheme() != Scheme::File) {
-            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url.scheme())?),
-            None => None,
-        };
+        self.fetch_telling(url, credential, want, None, run).await
+    }
+
+    /// The same as [`fetch`](Self::fetch); `heard` is told what will be received, before it is.
+    async fn fetch_telling(
+        &self,
+        url: &GitUrl,
+        credential: Option<&CredentialName>,
+        want: &Want,
+        heard: Option<&(dyn Fn(Heard) + Send + Sync)>,
+        run: &Run<'_>,
+    ) -> Result<Fetched, Failure> {
+        let mut request = self.request(url, credential, want)?;
+        request.tell = heard.is_some();
         let key = key(url.as_str(), credential.map(CredentialName::as_str));
         let path = self.directory.join(format!("{key}.git"));
         let flight = self.flight(&key);
         let _turn = child::within(run, None, flight.lock()).await?;
         let lock_path = self.directory.join(format!("{key}.lock"));
         let lock = lock_shared(lock_path.clone(), run).await?;
-        let request = transfer::Request {
-            url: url.as_str().to_owned(),
-            mirror: path.clone(),
-            want: want.clone(),
-            credential: file,
-            policy: self.policy.clone(),
-            ca_file: self.settings.ca_file.clone(),
-            known_hosts: self.settings.known_hosts.clone(),
-            max_bytes: self.settings.max_bytes.as_u64(),
+        request.mirror.clone_from(&path);
+        let hear = |question| {
+            if let (Ok(transfer::Question::Heard(what)), Some(heard)) = (serde_json::from_value(question), heard) {
+                heard(what);
+            }
+            let answer: BoxFuture<'_, _> = Box::pin(async { Ok(serde_json::Value::Null) });
+            answer
         };
-        let answer: Result<transfer::Answer, _> = self.children.run(Role::Transfer, &request, Vec::new(), run).await;
+        let answer: Result<transfer::Answer, _> =
+            self.children.run_asking(Role::Transfer, &request, Vec::new(), run, hear).await;
         if answer.is_err() && !path.exists() {
             // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused
             // addresses leave no thousand files.
@@ -187,7 +213,34 @@ impl Mirrors {
             objects: answer.objects,
             received_bytes: answer.received_bytes,
             source: answer.source,
-            _lock: lock,
+            shallow: answer.shallow,
+            _hold: Hold::Mirror { _lock: lock },
+        })
+    }
+
+    /// What a transfer child is told of an upstream; where it writes is left to the caller.
+    fn request(
+        &self,
+        url: &GitUrl,
+        credential: Option<&CredentialName>,
+        want: &Want,
+    ) -> Result<transfer::Request, Failure> {
+        self.allow(url)?;
+        let file = match credential.filter(|_| url.scheme() != Scheme::File) {
+            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url.scheme())?),
+            None => None,
+        };
+        Ok(transfer::Request {
+            url: url.as_str().to_owned(),
+            mirror: PathBuf::new(),
+            want: want.clone(),
+            apart: None,
+            tell: false,
+            credential: file,
+            policy: self.policy.clone(),
+            ca_file: self.settings.ca_file.clone(),
+            known_hosts: self.settings.known_hosts.clone(),
+            max_bytes: self.settings.max_bytes.as_u64(),
         })
     }
 

@@ -1,5 +1,7 @@
 //! The pack role: reads one mirror and streams what is asked for into a pipe.
 
+mod shallow;
+
 use std::{
     fs::OpenOptions,
     io::{self, Write},
@@ -35,12 +37,14 @@ struct Request {
     mirror: PathBuf,
     wants: Vec<String>,
     haves: Vec<String>,
+    boundary: Vec<String>,
     into: i32,
 }
 
 /// Streams a pack of everything reachable from `wants` and not from `haves` out of `mirror` into `into`.
 ///
-/// A have that the mirror does not know is ignored. The pack needs no object from outside to be read. The other
+/// A have that the mirror does not know is ignored. Where a project's history ends at a `boundary`, its haves lead no
+/// further than that: what lies behind is sent where something else of the wants leads to it. The pack needs no object from outside to be read. The other
 /// end of `into` sees the end of the stream once the child has ended.
 ///
 /// # Errors
@@ -50,11 +54,17 @@ pub async fn stream(
     mirror: &Path,
     wants: &[String],
     haves: &[String],
+    boundary: &[String],
     into: OwnedFd,
     run: &Run<'_>,
 ) -> Result<Packed, Failure> {
-    let request =
-        Request { mirror: mirror.to_owned(), wants: wants.to_vec(), haves: haves.to_vec(), into: into.as_raw_fd() };
+    let request = Request {
+        mirror: mirror.to_owned(),
+        wants: wants.to_vec(),
+        haves: haves.to_vec(),
+        boundary: boundary.to_vec(),
+        into: into.as_raw_fd(),
+    };
     children.run(Role::Pack, &request, vec![into], run).await
 }
 
@@ -66,6 +76,10 @@ pub(super) fn main() -> ExitCode {
 fn pack(request: &Request, reporter: &Reporter) -> Result<Packed, Failure> {
     let mut into = inherited(request.into, OpenOptions::new().write(true))?;
     let repository = Repository::open_bare(&request.mirror).map_err(damaged)?;
+    if !request.boundary.is_empty() {
+        let builder = shallow::builder(&repository, request, reporter)?;
+        return write(builder, &mut into, reporter);
+    }
     let mut walk = repository.revwalk().map_err(damaged)?;
     let mut builder = repository.packbuilder().map_err(damaged)?;
     for want in &request.wants {

@@ -15,6 +15,7 @@ mod verdict;
 
 use std::{
     collections::BTreeSet,
+    num::NonZeroU32,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -54,6 +55,10 @@ pub(super) struct Request {
     pub(super) mirror: PathBuf,
     /// What for.
     pub(super) want: Want,
+    /// What it is instead of a full fetch, if it is.
+    pub(super) apart: Option<Apart>,
+    /// Whether the agent hears of the listing, and of what is lacking, before anything is received.
+    pub(super) tell: bool,
     /// What to send, if anything.
     pub(super) credential: Option<CredentialFile>,
     /// Whom it may talk to.
@@ -64,6 +69,40 @@ pub(super) struct Request {
     pub(super) known_hosts: Option<PathBuf>,
     /// The most bytes it may receive.
     pub(super) max_bytes: u64,
+}
+
+/// A transfer that leaves the mirror alone.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Apart {
+    /// Only the refs are listed.
+    List,
+    /// A tip store is filled.
+    Tip {
+        /// What the task's own listing said.
+        listing: Listing,
+        /// What of it is wanted.
+        wants: Vec<String>,
+        /// How many commits of each history.
+        depth: u32,
+    },
+}
+
+/// What a transfer child asks the agent; it is told nothing.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Question {
+    /// The upstream listed its refs, and something has to be received.
+    Heard(Heard),
+}
+
+/// What the agent hears before a pack comes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Heard {
+    /// What the upstream listed.
+    pub(crate) listing: Listing,
+    /// What of it the mirror lacks.
+    pub(crate) lacking: BTreeSet<String>,
 }
 
 /// What a transfer child answers.
@@ -77,6 +116,9 @@ pub(super) struct Answer {
     pub(super) received_bytes: u64,
     /// Whether a pack was received.
     pub(super) source: Source,
+    /// The commits at which a tip store's history ends.
+    #[serde(default)]
+    pub(super) shallow: Vec<String>,
 }
 
 /// What a pack brought.
@@ -92,7 +134,15 @@ trait Transport {
     fn list(&mut self) -> Result<Listing, Failure>;
 
     /// Receives a pack with `wants` and all that they need, less what the refs of `mirror` lead to, into `mirror`.
-    fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure>;
+    ///
+    /// With a `depth`, only so many commits of each history, and the tags that point to them; where they end is then in
+    /// the `shallow` file of `mirror`.
+    fn receive(
+        &mut self,
+        mirror: &Bare,
+        wants: &BTreeSet<String>,
+        depth: Option<NonZeroU32>,
+    ) -> Result<Received, Failure>;
 }
 
 /// `haul child transfer`.
@@ -106,7 +156,19 @@ fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {
     let meter = Meter::default();
     meter.reporting(TICK, reporter, || {
         let mut transport = connect(request, &url, &meter)?;
-        mirrored(&request.mirror, &request.want, transport.as_mut())
+        match &request.apart {
+            None => {
+                let tell = |heard| if request.tell { reporter.ask(&Question::Heard(heard)) } else { Ok(()) };
+                mirrored(&request.mirror, &request.want, transport.as_mut(), tell)
+            }
+            Some(Apart::List) => {
+                let listing = transport.list()?;
+                Ok(Answer { listing, objects: 0, received_bytes: 0, source: Source::Mirror, shallow: Vec::new() })
+            }
+            Some(Apart::Tip { listing, wants, depth }) => {
+                tipped(&request.mirror, listing, wants, *depth, transport.as_mut())
+            }
+        }
     })
 }
 
@@ -133,7 +195,14 @@ fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<
 }
 
 /// Brings the mirror at `path` up to what `want` needs.
-fn mirrored(path: &Path, want: &Want, transport: &mut dyn Transport) -> Result<Answer, Failure> {
+///
+/// `tell` hears of what has to be received, if anything has.
+fn mirrored(
+    path: &Path,
+    want: &Want,
+    transport: &mut dyn Transport,
+    tell: impl FnOnce(Heard) -> Result<(), Failure>,
+) -> Result<Answer, Failure> {
     let listing = transport.list()?;
     let mut wants: BTreeSet<String> = match want {
         Want::All | Want::Commit(_) => listing.refs.values().cloned().collect(),
@@ -147,10 +216,18 @@ fn mirrored(path: &Path, want: &Want, transport: &mut dyn Transport) -> Result<A
     // An upstream that refuses the listing leaves no trace on the disk.
     let mut bare = Bare::open_or_create(path)?;
     bare.retain_missing(&mut wants);
+    let mut lacking = wants.clone();
+    if let Want::Commit(oid) = want {
+        lacking.insert(oid.clone());
+        bare.retain_missing(&mut lacking);
+    }
+    if !lacking.is_empty() {
+        tell(Heard { listing: listing.clone(), lacking })?;
+    }
     let mut received = Received::default();
     let mut source = Source::Mirror;
     if !wants.is_empty() {
-        received = transport.receive(&bare, &wants)?;
+        received = transport.receive(&bare, &wants, None)?;
         source = Source::Upstream;
         bare.refresh()?;
         bare.retain_missing(&mut wants);
@@ -165,14 +242,47 @@ fn mirrored(path: &Path, want: &Want, transport: &mut dyn Transport) -> Result<A
         bare.retain_missing(&mut wants);
         if !wants.is_empty() {
             // Not below any ref: most servers hand it out all the same if they have it.
-            let more = transport.receive(&bare, &wants).map_err(|failure| unless_absent(failure, oid))?;
+            let more = transport.receive(&bare, &wants, None).map_err(|failure| unless_absent(failure, oid))?;
             received = Received { objects: received.objects + more.objects, bytes: received.bytes + more.bytes };
             source = Source::Upstream;
             bare.refresh()?;
         }
         bare.require_commit(oid)?;
     }
-    Ok(Answer { listing, objects: received.objects, received_bytes: received.bytes, source })
+    Ok(Answer { listing, objects: received.objects, received_bytes: received.bytes, source, shallow: Vec::new() })
+}
+
+/// Fills the tip store at `path`, anew, with `depth` commits of the history of each of `wants`.
+fn tipped(
+    path: &Path,
+    listing: &Listing,
+    wants: &[String],
+    depth: u32,
+    transport: &mut dyn Transport,
+) -> Result<Answer, Failure> {
+    // Listed as for every transfer: that is the authorisation. What it says by now is the next task's matter.
+    transport.list()?;
+    let listed: BTreeSet<&String> = listing.refs.values().chain(listing.peeled.values()).collect();
+    let unlisted: Vec<&String> = wants.iter().filter(|oid| !listed.contains(oid)).collect();
+    let wants: BTreeSet<String> = wants.iter().cloned().collect();
+    let depth = NonZeroU32::new(depth).ok_or_else(|| Failure::invalid("a depth must be at least 1"))?;
+    let mut bare = Bare::anew(path)?;
+    let received = transport.receive(&bare, &wants, Some(depth)).map_err(|failure| match unlisted.first() {
+        Some(oid) => unless_absent(failure, oid),
+        None => failure,
+    })?;
+    bare.refresh()?;
+    for oid in &unlisted {
+        bare.require_commit(oid)?;
+    }
+    let mut missing = wants;
+    bare.retain_missing(&mut missing);
+    if let Some(oid) = missing.first() {
+        return Err(Failure::new(ErrorClass::Network, format!("the upstream did not send {oid}")));
+    }
+    let shallow = bare.shallow()?;
+    let listing = bare.adopt(listing.clone(), &Want::All)?;
+    Ok(Answer { listing, objects: received.objects, received_bytes: received.bytes, source: Source::Upstream, shallow })
 }
 
 /// `not_found` where the upstream says that it has no such object.

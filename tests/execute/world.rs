@@ -77,7 +77,8 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) async fn new() -> Self {
-        Self::with(GitSettings { allow_file: true, ..GitSettings::default() }).await
+        // A machine under load shall not show trees first by chance: what is asked for is tested by itself.
+        Self::with(GitSettings { allow_file: true, tree_first_after: None, ..GitSettings::default() }).await
     }
 
     pub(crate) async fn with(settings: GitSettings) -> Self {

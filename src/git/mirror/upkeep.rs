@@ -10,26 +10,30 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::Mirrors;
+use super::{Mirrors, tip};
 use crate::failure::Failure;
 
 /// How long a mirror that no project is bound to stays: a clone that is tried again finds what was fetched before.
 const UNUSED: Duration = Duration::from_hours(24);
+/// How long is waited for a fetch that was stopped.
+const AHEAD: Duration = Duration::from_secs(5);
 
 impl Mirrors {
     /// Removes the mirror `key` unless it is in use or still `wanted`, which is asked once nobody can begin to use it.
     ///
     /// # Errors
     /// When it cannot be removed; the next start goes on.
-    pub(crate) async fn remove(
-        &self,
-        key: &str,
-        wanted: impl FnOnce() -> bool + Send + 'static,
-    ) -> Result<(), Failure> {
+    pub(crate) async fn remove(&self, key: &str, wanted: impl Fn() -> bool + Send + 'static) -> Result<(), Failure> {
         if self.settings.keep_mirrors {
             return Ok(());
         }
-        let Ok(turn) = self.flight(key).try_lock_owned() else { return Ok(()) };
+        let turn = if !wanted() && self.stop_ahead(key) {
+            // Went on for the history of what is being removed; it ends as soon as its child does.
+            tokio::time::timeout(AHEAD, self.flight(key).lock_owned()).await.ok()
+        } else {
+            self.flight(key).try_lock_owned().ok()
+        };
+        let Some(turn) = turn else { return Ok(()) };
         let (directory, key) = (self.directory.clone(), key.to_owned());
         let removed = tokio::task::spawn_blocking(move || {
             // Held to the end of this even where nobody waits for it any more.
@@ -96,7 +100,7 @@ pub(super) fn sweep_all(directory: &Path) -> Result<(), Failure> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if name.contains(".git.new-") || name.contains(".git.old-") {
+        if name.contains(".git.new-") || name.contains(".git.old-") || tip::is_store(name) {
             fs::remove_dir_all(&path)?;
         } else if path.extension().is_some_and(|extension| extension == "git") {
             sweep(&path)?;

@@ -24,6 +24,8 @@ fn binding(project: ProjectId, name: &str) -> Binding {
         credential: None,
         follows: Follows::Branch("main".to_owned()),
         single_branch: false,
+        placed: 0,
+        history: None,
         directory: Identity::default(),
         last_fetch: None,
         applied: Applied::default(),

@@ -37,6 +37,21 @@ impl Bare {
         Ok(Self { path: path.to_owned(), repository: open(path)? })
     }
 
+    /// Makes an empty one at `path`, in place of whatever is there.
+    pub(super) fn anew(path: &Path) -> Result<Self, Failure> {
+        create(path)?;
+        Ok(Self { path: path.to_owned(), repository: open(path)? })
+    }
+
+    /// The commits at which its history ends; none for a mirror.
+    pub(super) fn shallow(&self) -> Result<Vec<String>, Failure> {
+        match fs::read_to_string(self.path.join("shallow")) {
+            Ok(text) => Ok(text.lines().map(str::to_owned).collect()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Looks again, after a pack arrived.
     pub(super) fn refresh(&mut self) -> Result<(), Failure> {
         self.repository = open(&self.path)?;
