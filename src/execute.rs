@@ -12,14 +12,15 @@ mod status;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     failure::Failure,
-    git::Run,
-    protocol::{Place, ProjectId, Round, Task, TaskResult},
+    git::{Fence, Run},
+    protocol::{Place, ProjectId, Round, Task, TaskId, TaskResult},
 };
 
-pub use self::executor::GitExecutor;
+pub use self::{executor::GitExecutor, history::PENDING};
 
 /// One execution of a task.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +33,17 @@ pub struct Job {
     pub attempt: u32,
     /// Its place in the order of its project; a success advances the project's mark to it.
     pub place: Place,
+}
+
+/// A history that a clone whose tree came first still lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwedHistory {
+    /// The clone.
+    pub task: TaskId,
+    /// Its project.
+    pub project: ProjectId,
+    /// How many tasks were applied to the project when its tree was shown.
+    pub seq: u64,
 }
 
 /// What is known of a project, from what outlives the journal.
@@ -76,6 +88,19 @@ pub trait Execute: Send + Sync + 'static {
     /// # Errors
     /// A failure that carries its decision.
     async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure>;
+
+    /// Attaches a history, and says what to report; nothing where the project was deleted or made anew since.
+    ///
+    /// Idempotent. `fence` is asked before the project is touched: it gives the project's turn.
+    ///
+    /// # Errors
+    /// A failure that carries its decision.
+    async fn history(
+        &self,
+        owed: &OwedHistory,
+        stop: &CancellationToken,
+        fence: &dyn Fence,
+    ) -> Result<Option<TaskResult>, Failure>;
 
     /// Clears a project's mark (a master restored from backup).
     ///

@@ -7,11 +7,12 @@ use std::{
 
 use async_trait::async_trait;
 use bytesize::ByteSize;
+use tokio_util::sync::CancellationToken;
 
-use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Reserve, status};
+use super::{Execute, Job, Limits, OwedHistory, ProjectState, clone, delete, history, pull, reserve::Reserve, status};
 use crate::{
     failure::Failure,
-    git::{Budget, Children, GitSettings, Mirrors, Projects, Run, Stamp},
+    git::{Budget, Children, Fence, GitSettings, Mirrors, Projects, Run, Stamp},
     protocol::{ProjectId, Task, TaskResult, Work},
 };
 
@@ -131,6 +132,20 @@ impl Execute for GitExecutor {
             Work::Status(work) => status::execute(self, job, work, run).await,
         }?;
         result.duration_ms = Some(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
+        Ok(result)
+    }
+
+    async fn history(
+        &self,
+        owed: &OwedHistory,
+        stop: &CancellationToken,
+        fence: &dyn Fence,
+    ) -> Result<Option<TaskResult>, Failure> {
+        let begun = tokio::time::Instant::now();
+        let mut result = history::execute(self, owed, stop, fence).await?;
+        if let Some(result) = &mut result {
+            result.duration_ms = Some(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
+        }
         Ok(result)
     }
 

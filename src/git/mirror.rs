@@ -1,5 +1,6 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod send;
 mod tip;
 mod underway;
 mod upkeep;
@@ -39,6 +40,8 @@ use crate::{
 /// How often a lock that somebody holds is tried again.
 const LOCK_POLL: Duration = Duration::from_millis(50);
 
+pub(super) use self::send::read_head;
+pub(crate) use self::send::send as send_objects;
 pub(crate) use self::underway::{Came, Underway};
 pub(super) use self::upkeep::sweep;
 
