@@ -7,7 +7,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytesize::ByteSize;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Execute, Job, Limits, OwedHistory, ProjectState, clone, delete, history, pull, reserve::Reserve, status};
 use crate::{
@@ -21,6 +21,8 @@ pub struct GitExecutor {
     pub(super) settings: GitSettings,
     pub(super) children: Children,
     pub(super) mirrors: Arc<Mirrors>,
+    /// What goes on for itself ends with this.
+    _closing: DropGuard,
     pub(super) projects: Arc<Projects>,
     pub(super) reserve: Reserve,
 }
@@ -50,6 +52,7 @@ impl GitExecutor {
         Ok(Self {
             settings: settings.clone(),
             children,
+            _closing: mirrors.closing(),
             mirrors: Arc::new(mirrors),
             projects: Arc::new(projects),
             reserve,

@@ -126,6 +126,8 @@ pub struct Mirrors {
     flights: Mutex<HashMap<String, Weak<Flight>>>,
     /// Fetches that whoever began them left to go on; a mirror that is removed stops its own.
     ahead: Mutex<HashMap<String, CancellationToken>>,
+    /// Stops all of them.
+    closed: CancellationToken,
 }
 
 type Flight = tokio::sync::Mutex<()>;
@@ -148,6 +150,7 @@ impl Mirrors {
             children,
             flights: Mutex::default(),
             ahead: Mutex::default(),
+            closed: CancellationToken::new(),
         })
     }
 

@@ -35,7 +35,7 @@ pub(crate) fn git_raw(dir: &Path, args: &[&str]) -> Output {
             ("GIT_AUTHOR_EMAIL", "a@example.org"),
             ("GIT_COMMITTER_NAME", "A"),
             ("GIT_COMMITTER_EMAIL", "a@example.org"),
-            ("GIT_ALLOW_PROTOCOL", "file"),
+            ("GIT_ALLOW_PROTOCOL", "file:http"),
         ])
         .output()
         .unwrap()
@@ -91,6 +91,17 @@ impl World {
         let reserve = ByteSize::b(0);
         let executor = open(dir.path(), &settings, reserve).await.unwrap();
         Self { dir, settings, reserve, executor, arrived: AtomicI64::new(1) }
+    }
+
+    /// Lets the agent go, with everything that it still does.
+    pub(crate) async fn stop(&mut self) {
+        self.executor = open(&self.path("elsewhere"), &self.settings, self.reserve).await.unwrap();
+        let storage = self.path("storage");
+        let begun = Instant::now();
+        while kill_children(&storage, "transfer") > 0 {
+            assert!(begun.elapsed() < Duration::from_mins(1), "children of an agent that is gone go on");
+            tokio::task::yield_now().await;
+        }
     }
 
     /// As after a crash and a new start of the agent.

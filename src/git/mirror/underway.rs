@@ -63,7 +63,7 @@ impl Mirrors {
         let (tell_done, done) = oneshot::channel();
         let (tell_heard, heard) = watch::channel(None);
         let (tell_progress, progress) = watch::channel(Progress::default());
-        let stop = CancellationToken::new();
+        let stop = self.closed.child_token();
         let (mirrors, url, credential, want) = (Arc::clone(self), url.clone(), credential.cloned(), want.clone());
         let key = key(url.as_str(), credential.as_ref().map(CredentialName::as_str));
         let underway = (Arc::clone(self), key.clone());
@@ -86,6 +86,11 @@ impl Mirrors {
         });
         let (mirrors, key) = underway;
         Underway { done, heard, progress, cancel: stop.clone(), stop: Some(stop.drop_guard()), mirrors, key }
+    }
+
+    /// What stops, when it is dropped, every fetch that goes on by itself.
+    pub(crate) fn closing(&self) -> DropGuard {
+        self.closed.clone().drop_guard()
     }
 
     /// Stops the fetch that goes on into the mirror `key`, if one does.

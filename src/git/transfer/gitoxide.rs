@@ -166,10 +166,9 @@ impl<C: Carrier> Gitoxide<'_, C> {
     ) -> gix::Result<u64> {
         let Some(handshake) = self.handshake.as_mut() else { return Ok(0) };
         let shallow = depth.map_or(Shallow::NoChange, Shallow::DepthAtRemote);
-        // Of a history that is cut it is not known beforehand which tags point into it.
-        let include = depth.is_some()
-            && (handshake.server_protocol_version == gix_transport::Protocol::V2
-                || handshake.capabilities.contains("include-tag"));
+        // Of one branch, or of a history that is cut, it is not known beforehand which tags point into it.
+        let include = handshake.server_protocol_version == gix_transport::Protocol::V2
+            || handshake.capabilities.contains("include-tag");
         let mut known = repository.clone();
         known.objects.refresh_never();
         let mut negotiate = Negotiation {
