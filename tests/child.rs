@@ -18,7 +18,7 @@ use haul::{
     failure::{ErrorClass, Failure},
     git::{
         Fence, Run,
-        child::{Children, Confinement, Role},
+        child::{Children, Role},
         pack,
     },
     protocol::Progress,
@@ -252,7 +252,7 @@ fn a_child_whose_parent_is_another_does_nothing() {
         "policy": { "allow_http": false, "allow_file": false, "allow_loopback": false, "allow_private": false, "hosts": [] },
         "ca_file": null, "known_hosts": null, "max_bytes": 1,
     });
-    writeln!(child.stdin.take().unwrap(), "{}", json!({ "parent": 1, "confinement": Confinement::default(), "request": request })).unwrap();
+    writeln!(child.stdin.take().unwrap(), "{}", json!({ "parent": 1, "request": request })).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(!output.status.success() && output.stdout.is_empty());
 }

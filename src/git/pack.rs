@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Run,
     child::{Access, Children, Confined, Reporter, Role, inherited, serve},
+    workspace::forget_search_paths,
 };
 use crate::failure::{ErrorClass, Failure};
 
@@ -70,6 +71,7 @@ pub(super) fn main() -> ExitCode {
 
 fn pack(request: &Request, reporter: &Reporter) -> Result<Packed, Failure> {
     let mut into = inherited(request.into)?;
+    forget_search_paths();
     let repository = Repository::open_bare(&request.mirror).map_err(damaged)?;
     let mut walk = repository.revwalk().map_err(damaged)?;
     let mut builder = repository.packbuilder().map_err(damaged)?;

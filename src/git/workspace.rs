@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use self::pull::Question;
+pub(super) use self::open::forget_search_paths;
 pub(crate) use self::{
     look::{Look, Looked},
     make::{Made, Make},

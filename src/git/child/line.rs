@@ -22,7 +22,8 @@ const LONGEST_PHASE: usize = 32;
 pub(super) struct Envelope<Q> {
     /// Process id of the agent; the child ends at once if that is no longer its parent.
     pub(super) parent: u32,
-    /// How it shuts itself in.
+    /// How it shuts itself in; as by default where nothing is said.
+    #[serde(default)]
     pub(super) confinement: Confinement,
     /// What it shall do.
     pub(super) request: Q,
