@@ -101,11 +101,7 @@ impl Execute for GitExecutor {
     fn admit(&self, task: &Task) -> Result<(), Failure> {
         match &task.work {
             Work::Clone(work) => {
-                let unsupported = [
-                    ("submodules", work.submodules),
-                    ("lfs", work.lfs),
-                    ("depth", work.depth.is_some()),
-                ];
+                let unsupported = [("submodules", work.submodules), ("lfs", work.lfs), ("depth", work.depth.is_some())];
                 if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
                     return Err(Failure::invalid(format!("this agent does not support {field}")));
                 }

@@ -13,8 +13,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat, fsync, makedev,
-        mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
+        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat, fsync,
+        makedev, mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
     },
     io::Errno,
 };
