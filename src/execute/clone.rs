@@ -52,8 +52,15 @@ async fn already_there(
             binding.target, binding.follows
         )));
     }
+    if work.owner.is_some_and(|owner| binding.owner != Some(owner)) {
+        return Err(Failure::conflict(format!(
+            "{} belongs to another owner; delete it before cloning it for {}",
+            binding.target,
+            work.owner.map(|owner| owner.to_string()).unwrap_or_default()
+        )));
+    }
     // Also shows that the tree can be used.
-    let looked = workspace::look(&git.children, directory, Look::default(), run).await?;
+    let looked = workspace::look(&git.children.of(binding.owner), directory, Look::default(), run).await?;
     run.fence.check().await?;
     let history = binding.history.as_ref().map(|_| PENDING.to_owned());
     let (project, stamp) = (binding.project, stamp(job));
@@ -71,10 +78,11 @@ async fn already_there(
 }
 
 async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> Result<TaskResult, Failure> {
+    let owner = git.settings.owner(work.owner)?;
     git.reserve.check().await?;
     let Obtained { fetched, follows, object, tree_first } = obtain::obtain(git, work, run).await?;
     let task = job.task.id.clone();
-    let staging = Arc::new(git.on_projects(move |projects| projects.stage(&task)).await?);
+    let staging = Arc::new(git.on_projects(move |projects| projects.stage(&task, owner)).await?);
     let made = async {
         let mut result = made(git, work, &fetched, &follows, object, &staging, run).await?;
         let binding = Binding {
@@ -82,6 +90,7 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
             target: work.target.as_str().to_owned(),
             url: work.url.as_str().to_owned(),
             credential: work.credential.as_ref().map(|name| name.as_str().to_owned()),
+            owner,
             follows,
             single_branch: work.single_branch,
             history: tree_first.then(|| fetched.shallow.clone()),
@@ -131,7 +140,7 @@ async fn made(
         budget: git.budget(),
         reserve: git.reserve.bytes(),
     };
-    let made = workspace::make(&git.children, staging.handle()?, order, run).await?;
+    let made = workspace::make(&git.children.of(staging.owner), staging.handle()?, order, run).await?;
     let staged = Arc::clone(staging);
     blocking(move || staged.flush()).await?;
     Ok(TaskResult {

@@ -12,7 +12,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{Execute, Job, Limits, OwedHistory, ProjectState, clone, delete, history, pull, reserve::Reserve, status};
 use crate::{
     failure::Failure,
-    git::{Budget, Children, Fence, GitSettings, Mirrors, Projects, Run, Stamp},
+    git::{Budget, Children, Confinement, Fence, GitSettings, Mirrors, Projects, Run, Stamp, Support},
     protocol::{ProjectId, Task, TaskResult, Work},
 };
 
@@ -34,7 +34,8 @@ impl GitExecutor {
     /// begins.
     ///
     /// # Errors
-    /// When a directory is a link or cannot be made, read or written.
+    /// When a directory is a link or cannot be made, read or written; `forbidden` where the settings ask for what this
+    /// node cannot do.
     pub async fn open(
         settings: &GitSettings,
         storage: &Path,
@@ -43,7 +44,10 @@ impl GitExecutor {
         reserve: ByteSize,
     ) -> Result<Self, Failure> {
         let reserve = Reserve::new(reserve, storage, projects);
-        let children = Children::new(program, settings.kill_grace)?;
+        let support = Support::of_this_node();
+        support.allow(settings)?;
+        support.warn(settings);
+        let children = Children::new(program, settings.kill_grace)?.confined(Confinement::from(settings));
         let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
         let path = projects.to_owned();
         let projects = blocking(move || Projects::open(&path)).await?;
@@ -107,10 +111,11 @@ impl Execute for GitExecutor {
     fn admit(&self, task: &Task) -> Result<(), Failure> {
         match &task.work {
             Work::Clone(work) => {
-                let unsupported = [("submodules", work.submodules), ("lfs", work.lfs), ("owner", work.owner.is_some())];
+                let unsupported = [("submodules", work.submodules), ("lfs", work.lfs)];
                 if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
                     return Err(Failure::invalid(format!("this agent does not support {field}")));
                 }
+                self.settings.owner(work.owner)?;
                 self.mirrors.allow(&work.url)
             }
             Work::Pull(work) => work.url.as_ref().map_or(Ok(()), |url| self.mirrors.allow(url)),

@@ -96,7 +96,8 @@ pub(super) async fn complete(
     let (reader, writer) = std::io::pipe()?;
     let mirror = fetched.path.clone();
     let sending = blocking(move || send_objects(&mirror, writer));
-    let attaching = workspace::attach(&git.children, dir.handle()?, OwnedFd::from(reader), order, run);
+    let children = git.children.of(binding.owner);
+    let attaching = workspace::attach(&children, dir.handle()?, OwnedFd::from(reader), order, run);
     // Whichever end fails closes its side of the pipe, which ends the other.
     let (attached, sent) = tokio::join!(attaching, sending);
     attached?;

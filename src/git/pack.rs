@@ -3,7 +3,6 @@
 mod shallow;
 
 use std::{
-    fs::OpenOptions,
     io::{self, Write},
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
@@ -16,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Run,
-    child::{Children, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
+    workspace::forget_search_paths,
 };
 use crate::failure::{ErrorClass, Failure};
 
@@ -39,6 +39,12 @@ struct Request {
     haves: Vec<String>,
     boundary: Vec<String>,
     into: i32,
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        Access { reads: vec![self.mirror.clone()], descriptors: vec![self.into], ..Access::default() }
+    }
 }
 
 /// Streams a pack of everything reachable from `wants` and not from `haves` out of `mirror` into `into`.
@@ -74,7 +80,8 @@ pub(super) fn main() -> ExitCode {
 }
 
 fn pack(request: &Request, reporter: &Reporter) -> Result<Packed, Failure> {
-    let mut into = inherited(request.into, OpenOptions::new().write(true))?;
+    let mut into = inherited(request.into)?;
+    forget_search_paths();
     let repository = Repository::open_bare(&request.mirror).map_err(damaged)?;
     if !request.boundary.is_empty() {
         let builder = shallow::builder(&repository, request, reporter)?;

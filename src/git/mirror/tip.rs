@@ -9,7 +9,7 @@ use std::{
 
 use tokio::sync::OwnedMutexGuard;
 
-use super::{Fetched, Flight, Hold, Listing, Mirrors, Want, key};
+use super::{Fetched, Flight, Hold, Listing, Mirrors, Want, key, make_directory};
 use crate::{
     failure::Failure,
     git::{
@@ -95,6 +95,8 @@ impl Mirrors {
         let turn = child::within(run, None, flight.lock_owned()).await?;
         // From here on whatever the child leaves goes, also when nobody waits for it any more.
         let store = Store { path: path.clone(), _turn: turn };
+        remove(&path);
+        make_directory(&path)?;
         let answer: transfer::Answer = self.children.run(Role::Transfer, &request, Vec::new(), run).await?;
         Ok(Fetched {
             path,

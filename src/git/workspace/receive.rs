@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, OpenOptions},
+    fs,
     io::{Read, Write},
     sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
     time::Duration,
@@ -86,8 +86,7 @@ pub(super) struct Chunks<'a> {
 impl<'a> Chunks<'a> {
     /// Reads from descriptor `number`.
     pub(super) fn new(number: i32, reporter: &'a Reporter) -> Result<Self, Failure> {
-        let mut pipe = inherited(number, OpenOptions::new().read(true))?;
-        // The descriptor that came with the process would keep nothing alive on this side; only the end of the writer counts.
+        let mut pipe = inherited(number)?;
         let (sender, chunks) = sync_channel::<std::io::Result<Vec<u8>>>(4);
         std::thread::spawn(move || {
             loop {
