@@ -16,7 +16,7 @@ mod transfer;
 pub(crate) mod workspace;
 
 pub(crate) use child::{Children, Confinement, Support};
-pub(crate) use mirror::{Came, Fetched, Listing, Mirrors, Underway, Want, send_objects};
+pub(crate) use mirror::{Came, Fetched, Held, Listing, Mirrors, Underway, Want, send_objects};
 pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Projects, PullNote, Site, Staging, Stamp};
 pub use projects::{ProjectRecord, survey};
 pub(crate) use room::room;

@@ -80,7 +80,7 @@ async fn already_there(
 async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> Result<TaskResult, Failure> {
     let owner = git.settings.owner(work.owner)?;
     git.reserve.check().await?;
-    let Obtained { fetched, follows, object, tree_first } = obtain::obtain(git, work, run).await?;
+    let Obtained { fetched, follows, object, tree_first, held: _held } = obtain::obtain(git, work, run).await?;
     let task = job.task.id.clone();
     let staging = Arc::new(git.on_projects(move |projects| projects.stage(&task, owner)).await?);
     let made = async {

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     failure::Failure,
-    git::{Came, Fetched, Follows, Listing, Run, Underway, Want},
+    git::{Came, Fetched, Follows, Held, Listing, Run, Underway, Want},
     protocol::{CloneTask, Revision},
 };
 
@@ -25,6 +25,8 @@ pub(super) struct Obtained {
     pub(super) object: Option<String>,
     /// Whether the history is still on its way into the mirror.
     pub(super) tree_first: bool,
+    /// Lets that stand still until the tree is shown.
+    pub(super) held: Option<Held>,
 }
 
 /// Fetches what `work` needs, as far as it is not there.
@@ -36,7 +38,7 @@ pub(super) async fn obtain(git: &GitExecutor, work: &CloneTask, run: &Run<'_>) -
             let what = (oid.as_str(), !work.single_branch);
             let tip = git.mirrors.tip(&work.url, work.credential.as_ref(), &listing, what, depth, run);
             let fetched = tip.await?;
-            return Ok(Obtained { fetched, follows, object: Some(oid), tree_first: false });
+            return Ok(Obtained { fetched, follows, object: Some(oid), tree_first: false, held: None });
         }
         // Of an empty upstream there is nothing to limit.
     }
@@ -69,6 +71,8 @@ async fn tree_first(
     (listing, follows, oid): (&Listing, Follows, String),
     run: &Run<'_>,
 ) -> Result<Obtained, Failure> {
+    // Both would share the link and the processors of both sides; the tree is what somebody waits for.
+    let held = full.hold();
     let tip = git.mirrors.tip(&work.url, work.credential.as_ref(), listing, (&oid, false), TREE, run);
     let tip = tokio::select! {
         biased;
@@ -79,9 +83,10 @@ async fn tree_first(
         (Some(fetched), _) => whole(work, fetched),
         (None, Ok(fetched)) => {
             full.let_go();
-            Ok(Obtained { fetched, follows, object: Some(oid), tree_first: true })
+            Ok(Obtained { fetched, follows, object: Some(oid), tree_first: true, held: Some(held) })
         }
         (None, Err(failure)) => {
+            drop(held);
             tracing::info!(error = %failure, "a tree could not be fetched ahead of its history");
             whole(work, full.whole(run).await?)
         }
@@ -90,7 +95,7 @@ async fn tree_first(
 
 fn whole(work: &CloneTask, fetched: Fetched) -> Result<Obtained, Failure> {
     let (follows, object) = meant(work, &fetched.listing)?;
-    Ok(Obtained { fetched, follows, object, tree_first: false })
+    Ok(Obtained { fetched, follows, object, tree_first: false, held: None })
 }
 
 /// What the task means on the upstream, and whether that is what it expects.

@@ -22,6 +22,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -42,7 +43,7 @@ const LOCK_POLL: Duration = Duration::from_millis(50);
 
 pub(super) use self::send::read_head;
 pub(crate) use self::send::send as send_objects;
-pub(crate) use self::underway::{Came, Underway};
+pub(crate) use self::underway::{Came, Hold as Held, Underway};
 pub(super) use self::upkeep::sweep;
 
 /// What a fetch is for.
@@ -130,6 +131,14 @@ pub struct Mirrors {
     closed: CancellationToken,
 }
 
+/// Who wants something of a fetch before it is over.
+struct Ahead<'a> {
+    /// Is told what will be received.
+    heard: &'a (dyn Fn(Heard) + Send + Sync),
+    /// Whether to stand still.
+    pause: watch::Receiver<bool>,
+}
+
 type Flight = tokio::sync::Mutex<()>;
 
 impl Mirrors {
@@ -180,17 +189,20 @@ impl Mirrors {
         self.fetch_telling(url, credential, want, None, run).await
     }
 
-    /// The same as [`fetch`](Self::fetch); `heard` is told what will be received, before it is.
+    /// The same as [`fetch`](Self::fetch); whoever goes `ahead` hears what will be received, before it is.
     async fn fetch_telling(
         &self,
         url: &GitUrl,
         credential: Option<&CredentialName>,
         want: &Want,
-        heard: Option<&(dyn Fn(Heard) + Send + Sync)>,
+        ahead: Option<Ahead<'_>>,
         run: &Run<'_>,
     ) -> Result<Fetched, Failure> {
         let mut request = self.request(url, credential, want)?;
-        request.tell = heard.is_some();
+        request.tell = ahead.is_some();
+        let children =
+            ahead.as_ref().map_or_else(|| self.children.clone(), |ahead| self.children.pausing(ahead.pause.clone()));
+        let heard = ahead.map(|ahead| ahead.heard);
         let key = key(url.as_str(), credential.map(CredentialName::as_str));
         let path = self.directory.join(format!("{key}.git"));
         let flight = self.flight(&key);
@@ -207,7 +219,7 @@ impl Mirrors {
             answer
         };
         let answer: Result<transfer::Answer, _> =
-            self.children.run_asking(Role::Transfer, &request, Vec::new(), run, hear).await;
+            children.run_asking(Role::Transfer, &request, Vec::new(), run, hear).await;
         // Goes only if it is empty.
         if answer.is_err() && std::fs::remove_dir(&path).is_ok() {
             // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused

@@ -90,7 +90,7 @@ pub struct Event {
     /// How far it is, with `progress`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// What went wrong, with `retrying`, `failed`, `rejected` and `superseded`.
+    /// What went wrong, with `retrying`, `failed`, `rejected` and `superseded`, and with `history` that was given up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<EventError>,
 }

@@ -15,22 +15,35 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Fetched, Mirrors, Want, key};
+use super::{Ahead, Fetched, Mirrors, Want, key};
 use crate::{
     failure::Failure,
     git::{Fence, Run, child, transfer::Heard},
     protocol::{CredentialName, GitUrl, Progress},
 };
 
+/// How long a fetch stands still at most: servers give up clients that take nothing, after a minute or more.
+const LONGEST_HOLD: Duration = Duration::from_secs(10);
+
 /// A full fetch under way. Dropping it stops the fetch, unless it was let go.
 pub(crate) struct Underway {
     done: oneshot::Receiver<Result<Fetched, Failure>>,
     heard: watch::Receiver<Option<Heard>>,
     progress: watch::Receiver<Progress>,
+    pause: watch::Sender<bool>,
     stop: Option<DropGuard>,
     mirrors: Arc<Mirrors>,
     key: String,
     cancel: CancellationToken,
+}
+
+/// A fetch that stands still.
+pub(crate) struct Hold(watch::Sender<bool>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.send_replace(false);
+    }
 }
 
 /// What came of waiting for a fetch.
@@ -62,6 +75,7 @@ impl Mirrors {
     ) -> Underway {
         let (tell_done, done) = oneshot::channel();
         let (tell_heard, heard) = watch::channel(None);
+        let (pause, paused) = watch::channel(false);
         let (tell_progress, progress) = watch::channel(Progress::default());
         let stop = self.closed.child_token();
         let (mirrors, url, credential, want) = (Arc::clone(self), url.clone(), credential.cloned(), want.clone());
@@ -77,7 +91,8 @@ impl Mirrors {
                 fence: &Nothing,
             };
             let heard = |what| drop(tell_heard.send(Some(what)));
-            let fetched = mirrors.fetch_telling(&url, credential.as_ref(), &want, Some(&heard), &run).await;
+            let ahead = Ahead { heard: &heard, pause: paused };
+            let fetched = mirrors.fetch_telling(&url, credential.as_ref(), &want, Some(ahead), &run).await;
             mirrors.ahead.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
             // Nobody may wait for it any more: the mirror has what came.
             if let Err(Err(failure)) = tell_done.send(fetched) {
@@ -85,7 +100,7 @@ impl Mirrors {
             }
         });
         let (mirrors, key) = underway;
-        Underway { done, heard, progress, cancel: stop.clone(), stop: Some(stop.drop_guard()), mirrors, key }
+        Underway { done, heard, progress, pause, cancel: stop.clone(), stop: Some(stop.drop_guard()), mirrors, key }
     }
 
     /// What stops, when it is dropped, every fetch that goes on by itself.
@@ -140,6 +155,17 @@ impl Underway {
             }
         };
         child::within(run, None, end).await?.map_err(|_| Failure::internal("a fetch was lost"))?
+    }
+
+    /// Lets it stand still, so that something smaller is quick: until the value is dropped, or for [`LONGEST_HOLD`].
+    pub(crate) fn hold(&self) -> Hold {
+        self.pause.send_replace(true);
+        let pause = self.pause.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(LONGEST_HOLD).await;
+            pause.send_replace(false);
+        });
+        Hold(self.pause.clone())
     }
 
     /// What it brought, if it is over and succeeded.
