@@ -77,7 +77,7 @@ pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporte
 
 /// What comes through a descriptor, piece by piece; the agent is told when it is not our fault that nothing comes.
 pub(super) struct Chunks<'a> {
-    chunks: Receiver<std::io::Result<Vec<u8>>>,
+    pieces: Receiver<std::io::Result<Vec<u8>>>,
     reporter: &'a Reporter,
     /// What was taken and not read yet.
     left: std::io::Cursor<Vec<u8>>,
@@ -87,7 +87,7 @@ impl<'a> Chunks<'a> {
     /// Reads from descriptor `number`.
     pub(super) fn new(number: i32, reporter: &'a Reporter) -> Result<Self, Failure> {
         let mut pipe = inherited(number)?;
-        let (sender, chunks) = sync_channel::<std::io::Result<Vec<u8>>>(4);
+        let (sender, pieces) = sync_channel::<std::io::Result<Vec<u8>>>(4);
         std::thread::spawn(move || {
             loop {
                 let mut chunk = vec![0; CHUNK];
@@ -102,13 +102,13 @@ impl<'a> Chunks<'a> {
                 }
             }
         });
-        Ok(Self { chunks, reporter, left: std::io::Cursor::default() })
+        Ok(Self { pieces, reporter, left: std::io::Cursor::default() })
     }
 
     /// The next piece; an empty one at the end.
     fn next(&mut self) -> std::io::Result<Vec<u8>> {
         loop {
-            match self.chunks.recv_timeout(QUIET) {
+            match self.pieces.recv_timeout(QUIET) {
                 Ok(chunk) => return chunk,
                 Err(RecvTimeoutError::Timeout) => self.reporter.step(),
                 Err(RecvTimeoutError::Disconnected) => return Ok(Vec::new()),
