@@ -55,7 +55,7 @@ async fn a_clone_shows_its_tree_first_and_with_its_history_equals_one_that_waite
         // Again, as after a crash before it was told of.
         scene.history().await.unwrap().unwrap();
         assert_eq!(scene.server.counts().packs, 2);
-        scene.equals_one_that_waited(&fields).await;
+        scene.equals_one_that_waited(&fields);
     }
 }
 
@@ -84,7 +84,7 @@ async fn a_small_repository_pays_nothing_for_it() {
     let again = scene.world.clone_job(2, "q", json!({"git_url": scene.url()}));
     assert_eq!(scene.world.run(&again).await.unwrap().history, None);
     assert_eq!(scene.server.counts().packs, 1);
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
 }
 
 #[tokio::test]
@@ -94,7 +94,7 @@ async fn a_full_fetch_that_wins_is_used() {
     let result = scene.clone(json!({})).await.unwrap();
     assert_eq!(result.history, None);
     assert_eq!(scene.server.counts().depths, 1, "it did race");
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
     assert_eq!(scene.tip_stores(), Vec::<String>::new());
 }
 
@@ -124,7 +124,7 @@ async fn a_restart_between_tree_and_history_loses_nothing() {
     let again = scene.world.run(&scene.job).await.unwrap();
     assert_eq!(again.history.as_deref(), Some("pending"));
     scene.history().await.unwrap().unwrap();
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
     assert_eq!(scene.world.run(&scene.job).await.unwrap().history, None);
 }
 
@@ -138,7 +138,7 @@ async fn a_history_that_cannot_be_fetched_says_why_and_comes_later() {
     assert!(scene.is_shallow());
     scene.server.behave(Behaviour::Serve);
     scene.history().await.unwrap().unwrap();
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
 }
 
 #[tokio::test]
@@ -185,7 +185,7 @@ async fn a_pull_brings_the_history_with_it() {
     assert_eq!(pulled.head.as_deref(), Some(new.as_str()));
     assert!(!scene.is_shallow());
     std::fs::remove_file(scene.project().join("mine")).unwrap();
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
     assert_eq!(scene.history().await.unwrap().unwrap().history.as_deref(), Some("attached"));
 }
 
@@ -202,5 +202,5 @@ async fn a_pull_that_cannot_bring_the_history_brings_its_branch() {
     git(&scene.project(), &["fsck", "--full", "--strict"]);
     std::fs::remove_file(scene.project().join(".git/shallow.lock")).unwrap();
     scene.history().await.unwrap().unwrap();
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
 }

@@ -52,7 +52,7 @@ async fn a_history_whose_child_is_killed_anywhere_is_completed_by_the_next_try()
         if let Err(failure) = &first {
             assert!(scene.history().await.unwrap().is_some(), "after {failure}");
         }
-        scene.equals_one_that_waited(&json!({})).await;
+        scene.equals_one_that_waited(&json!({}));
     }
     eprintln!("{killed} killed");
     assert!(killed >= 2, "{killed}");
@@ -82,7 +82,7 @@ async fn a_clone_whose_transfers_are_killed_is_completed_by_the_next_try() {
         if second.history.is_some() {
             scene.history().await.unwrap().unwrap();
         }
-        scene.equals_one_that_waited(&json!({})).await;
+        scene.equals_one_that_waited(&json!({}));
     }
 }
 

@@ -99,7 +99,7 @@ impl Scene {
     }
 
     /// Asserts that the project equals what git makes, and that nothing of the work is left in it.
-    pub(crate) async fn equals_one_that_waited(&self, fields: &Value) {
+    pub(crate) fn equals_one_that_waited(&self, fields: &Value) {
         let named = fields.get("branch").or(fields.get("tag")).and_then(Value::as_str);
         let mut args = vec!["-c", "advice.detachedHead=false", "clone", "-q"];
         args.extend(named.iter().flat_map(|name| ["--branch", name]));
@@ -121,7 +121,8 @@ impl Scene {
         while let Some(dir) = waiting.pop() {
             for entry in fs::read_dir(dir).unwrap().flatten() {
                 let name = entry.file_name().into_string().unwrap();
-                let stray = name.starts_with("haul-waiting-") || name.ends_with(".keep") || name.ends_with(".lock");
+                let end = std::path::Path::new(&name).extension().and_then(std::ffi::OsStr::to_str);
+                let stray = name.starts_with("haul-waiting-") || matches!(end, Some("keep" | "lock"));
                 assert!(!stray, "{name} is left");
                 if entry.file_type().unwrap().is_dir() {
                     waiting.push(entry.path());

@@ -51,7 +51,7 @@ async fn a_project_that_its_user_unshallowed_is_whole() {
     scene.server.behave(Behaviour::Serve);
     git(&scene.project(), &["fetch", "-q", "--unshallow", "--tags"]);
     scene.history().await.unwrap().unwrap();
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
 }
 
 #[tokio::test]
@@ -69,7 +69,7 @@ async fn a_history_that_its_user_cut_elsewhere_is_left_to_them() {
     git(&scene.project(), &["fsck", "--full", "--strict"]);
     git(&scene.project(), &["fetch", "-q", "--unshallow"]);
     scene.history().await.unwrap().unwrap();
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
 }
 
 #[tokio::test]
@@ -88,7 +88,7 @@ async fn a_lock_of_somebody_else_is_waited_for_and_never_removed() {
     fs::remove_file(scene.project().join(".git/shallow.lock")).unwrap();
     git(&scene.project(), &["gc", "-q", "--prune=now"]);
     scene.history().await.unwrap().unwrap();
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
 }
 
 #[tokio::test]
@@ -107,7 +107,7 @@ async fn a_keep_of_the_users_own_stays() {
     scene.history().await.unwrap().unwrap();
     assert!(keep.exists());
     fs::remove_file(keep).unwrap();
-    scene.equals_one_that_waited(&json!({})).await;
+    scene.equals_one_that_waited(&json!({}));
 }
 
 #[tokio::test]
@@ -150,7 +150,7 @@ async fn a_user_who_collects_garbage_all_the_time_loses_nothing() {
         done.unwrap().unwrap();
         cleaned += count.load(Ordering::SeqCst);
         attached += 1;
-        scene.equals_one_that_waited(&json!({})).await;
+        scene.equals_one_that_waited(&json!({}));
     }
     eprintln!("{attached} histories attached beside {cleaned} collections");
     assert!(cleaned > 0);

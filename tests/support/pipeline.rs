@@ -138,7 +138,7 @@ impl Execute for Obedient {
             self.overlapped.store(true, Ordering::SeqCst);
         }
         let _ends = Ends(self, owed.project);
-        self.log.lock().unwrap().push(TaskId::new(&format!("history-of-{}", owed.task)).unwrap());
+        self.log.lock().unwrap().push(TaskId::new(format!("history-of-{}", owed.task)).unwrap());
         let state = self.project(owed.project).await;
         if !state.active {
             return Ok(None);
