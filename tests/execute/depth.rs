@@ -189,7 +189,7 @@ async fn a_boundary_that_the_user_made_up_harms_nobody_else() {
     write(&project, ".git/shallow", &"x".repeat(5_000_000));
     world.commit(&[("a.txt", "newer\n")]);
     assert_eq!(class(&world.pull(1, json!({})).await), ErrorClass::Conflict);
-    let flood: String = (0..5000).map(|number| format!("{number:040}\n")).collect();
+    let flood = (0..5000).map(|number| format!("{number:040}")).collect::<Vec<_>>().join("\n");
     write(&project, ".git/shallow", &flood);
     assert_eq!(class(&world.pull(1, json!({})).await), ErrorClass::Conflict);
     fs::remove_file(project.join(".git/shallow")).unwrap();

@@ -93,17 +93,6 @@ impl World {
         Self { dir, settings, reserve, executor, arrived: AtomicI64::new(1) }
     }
 
-    /// Lets the agent go, with everything that it still does.
-    pub(crate) async fn stop(&mut self) {
-        self.executor = open(&self.path("elsewhere"), &self.settings, self.reserve).await.unwrap();
-        let storage = self.path("storage");
-        let begun = Instant::now();
-        while kill_children(&storage, "transfer") > 0 {
-            assert!(begun.elapsed() < Duration::from_mins(1), "children of an agent that is gone go on");
-            tokio::task::yield_now().await;
-        }
-    }
-
     /// As after a crash and a new start of the agent.
     pub(crate) async fn restart(&mut self) {
         self.executor = open(self.dir.path(), &self.settings, self.reserve).await.unwrap();
@@ -217,7 +206,7 @@ impl World {
     }
 }
 
-async fn open(dir: &Path, settings: &GitSettings, reserve: ByteSize) -> Result<GitExecutor, Failure> {
+pub(crate) async fn open(dir: &Path, settings: &GitSettings, reserve: ByteSize) -> Result<GitExecutor, Failure> {
     let storage = dir.join("storage");
     let program = PathBuf::from(env!("CARGO_BIN_EXE_haul"));
     GitExecutor::open(settings, &storage, &storage.join("projects"), program, reserve).await

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     githttp::{Behaviour, Server},
-    world::{Open, World, assert_alike, git},
+    world::{Open, World, assert_alike, git, kill_children, open},
 };
 
 pub(crate) struct Scene {
@@ -84,7 +84,14 @@ impl Scene {
 
     /// As after a crash and a new start of the agent.
     pub(crate) async fn restart(&mut self) {
-        self.world.stop().await;
+        // Everything that it still does ends first.
+        let elsewhere = self.world.path("elsewhere");
+        self.world.executor = open(&elsewhere, &self.world.settings, self.world.reserve).await.unwrap();
+        let (storage, begun) = (self.world.path("storage"), std::time::Instant::now());
+        while kill_children(&storage, "transfer") > 0 {
+            assert!(begun.elapsed() < Duration::from_mins(1), "children of an agent that is gone go on");
+            tokio::task::yield_now().await;
+        }
         self.world.restart().await;
     }
 
