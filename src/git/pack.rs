@@ -37,6 +37,7 @@ struct Request {
     mirror: PathBuf,
     wants: Vec<String>,
     haves: Vec<String>,
+    #[serde(default)]
     boundary: Vec<String>,
     into: i32,
 }

@@ -56,8 +56,10 @@ pub(super) struct Request {
     /// What for.
     pub(super) want: Want,
     /// What it is instead of a full fetch, if it is.
+    #[serde(default)]
     pub(super) apart: Option<Apart>,
     /// Whether the agent hears of the listing, and of what is lacking, before anything is received.
+    #[serde(default)]
     pub(super) tell: bool,
     /// What to send, if anything.
     pub(super) credential: Option<CredentialFile>,
