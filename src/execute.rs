@@ -3,6 +3,7 @@
 mod clone;
 mod delete;
 mod executor;
+mod extras;
 mod pull;
 mod reserve;
 mod status;

@@ -5,7 +5,9 @@
 pub mod child;
 pub mod credential;
 pub mod mirror;
+pub(crate) mod module;
 pub mod pack;
+pub(crate) mod pointer;
 pub mod policy;
 mod projects;
 mod room;

@@ -12,7 +12,7 @@ use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Re
 use crate::{
     failure::Failure,
     git::{Budget, Children, GitSettings, Mirrors, Projects, Run, Stamp},
-    protocol::{ProjectId, Task, TaskResult, Work},
+    protocol::{ProjectId, Scheme, Task, TaskResult, Work},
 };
 
 /// Executes tasks on the projects of one agent.
@@ -98,13 +98,14 @@ impl Execute for GitExecutor {
         match &task.work {
             Work::Clone(work) => {
                 let unsupported = [
-                    ("submodules", work.submodules),
-                    ("lfs", work.lfs),
                     ("depth", work.depth.is_some()),
                     ("owner", work.owner.is_some()),
                 ];
                 if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
                     return Err(Failure::invalid(format!("this agent does not support {field}")));
+                }
+                if work.lfs && !matches!(work.url.scheme(), Scheme::Https | Scheme::Http) {
+                    return Err(Failure::invalid("lfs works over https only; clone without it, or from an https address"));
                 }
                 self.mirrors.allow(&work.url)
             }

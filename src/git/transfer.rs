@@ -8,6 +8,7 @@ mod bare;
 mod budget;
 mod gitoxide;
 mod http;
+mod lfs;
 mod meter;
 mod process;
 mod status;
@@ -23,6 +24,7 @@ use std::{
 use gix_transport::{Protocol, client::blocking_io::http::connect_http};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::lfs::{LfsAnswer, LfsRequest};
 use self::{
     bare::Bare,
     budget::Budget,
@@ -95,9 +97,24 @@ trait Transport {
     fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure>;
 }
 
+/// What a transfer child may be told; the fields of the two have different names.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Order {
+    Lfs(LfsRequest),
+    Fetch(Box<Request>),
+}
+
 /// `haul child transfer`.
 pub(super) fn main() -> ExitCode {
-    serve(|request: Request, reporter| transfer(&request, reporter))
+    serve(|order: Order, reporter| match order {
+        Order::Lfs(request) => value(lfs::fetch(&request, reporter)?),
+        Order::Fetch(request) => value(transfer(&request, reporter)?),
+    })
+}
+
+fn value(answer: impl Serialize) -> Result<serde_json::Value, Failure> {
+    serde_json::to_value(answer).map_err(|error| Failure::internal(error.to_string()))
 }
 
 fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {

@@ -7,6 +7,7 @@ mod apply;
 mod backup;
 mod guard;
 mod index;
+mod lfs;
 mod look;
 mod make;
 mod open;
@@ -15,6 +16,7 @@ mod pull;
 mod pulse;
 mod receive;
 mod skeleton;
+mod submodules;
 mod waiting;
 mod walk;
 
@@ -25,10 +27,13 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use self::pull::Question;
+pub(super) use self::walk::check_name;
 pub(crate) use self::{
+    lfs::{Pointers, Smudge, collect, smudge},
     look::{Look, Looked},
     make::{Made, Make},
     pull::{Pull, Pulled},
+    submodules::{Add, Survey, Surveyed, add, survey},
     walk::Budget,
 };
 use super::{
@@ -60,6 +65,14 @@ enum Order {
     Look(Look),
     /// Bring up to date.
     Pull(Pull),
+    /// Measure the tree of a repository of a project in the making, and list its submodules.
+    Survey(Survey),
+    /// Make one of them.
+    Add(Add),
+    /// List the LFS pointers of one of its repositories.
+    Collect(Pointers),
+    /// Put what they point to into their places.
+    Smudge(Smudge),
 }
 
 /// Makes the project whose objects are in `directory` already.
@@ -139,6 +152,10 @@ pub(super) fn main() -> ExitCode {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
             Order::Look(order) => value(look::run(&directory, &order, reporter)?),
             Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
+            Order::Survey(order) => value(submodules::run_survey(&directory, &order, reporter)?),
+            Order::Add(order) => value(submodules::run_add(&directory, &order, reporter)?),
+            Order::Collect(order) => value(lfs::run_collect(&directory, &order, reporter)?),
+            Order::Smudge(order) => value(lfs::run_smudge(&directory, &order, reporter)?),
         })
     })
 }

@@ -55,13 +55,7 @@ impl Client {
         budget: Budget,
     ) -> Result<Self, Failure> {
         if url.scheme() == Scheme::Http && login.is_some() {
-            let addresses = address::lookup(url.host(), url.port(), &request.policy)?;
-            if !addresses.iter().all(|address| Policy::is_loopback(address.ip())) {
-                return Err(Failure::forbidden(format!(
-                    "a credential is not sent to {} without encryption; use https",
-                    url.host()
-                )));
-            }
+            require_loopback(url, &request.policy)?;
         }
         let mut tls = TlsConfig::builder()
             .provider(TlsProvider::Rustls)
@@ -90,8 +84,17 @@ impl Client {
     }
 }
 
+/// Refuses to send a credential in the clear to any host but this machine.
+pub(super) fn require_loopback(url: &GitUrl, policy: &Policy) -> Result<(), Failure> {
+    let addresses = address::lookup(url.host(), url.port(), policy)?;
+    if addresses.iter().all(|address| Policy::is_loopback(address.ip())) {
+        return Ok(());
+    }
+    Err(Failure::forbidden(format!("a credential is not sent to {} without encryption; use https", url.host())))
+}
+
 /// The certificate authorities to trust: those of `file`, else the system's.
-fn authorities(file: Option<&std::path::Path>) -> Result<RootCerts, Failure> {
+pub(super) fn authorities(file: Option<&std::path::Path>) -> Result<RootCerts, Failure> {
     let Some(file) = file else {
         let found = rustls_native_certs::load_native_certs();
         if found.certs.is_empty() {

@@ -123,7 +123,13 @@ fn resolve(repo: &Repository, object: &str) -> Result<(ObjectId, ObjectId), Fail
     Ok((commit.id, tree))
 }
 
-fn check_out(repo: &Repository, tree: ObjectId, root: &Path, total: u64, reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn check_out(
+    repo: &Repository,
+    tree: ObjectId,
+    root: &Path,
+    total: u64,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
     let fault = |error: &dyn std::fmt::Display| Failure::internal(format!("the first checkout failed: {error}"));
     let mut index = repo.index_from_tree(&tree).map_err(|error| fault(&error))?;
     let mut options = repo.checkout_options(Source::IdMapping).map_err(|error| fault(&error))?;
@@ -168,7 +174,7 @@ fn check_out(repo: &Repository, tree: ObjectId, root: &Path, total: u64, reporte
 }
 
 /// The library's errors do not tell a full disk from a fault; the disk itself does.
-fn write_fault(root: &Path, error: &str) -> Failure {
+pub(super) fn write_fault(root: &Path, error: &str) -> Failure {
     let full = rustix::fs::statvfs(root).is_ok_and(|fs| fs.f_bavail == 0 || (fs.f_files > 0 && fs.f_favail == 0));
     let refusing = ["No space left", "os error 28", "os error 122", "os error 30", "os error 5)"];
     let class =
@@ -180,7 +186,7 @@ fn id(hex: &str) -> Result<ObjectId, Failure> {
     ObjectId::from_hex(hex.as_bytes()).map_err(|_| Failure::internal(format!("{hex:?} is not an object id")))
 }
 
-fn damaged(error: &dyn std::fmt::Display) -> Failure {
+pub(super) fn damaged(error: &dyn std::fmt::Display) -> Failure {
     Failure::new(ErrorClass::Corrupt, format!("the upstream's history cannot be read: {error}"))
 }
 

@@ -1,0 +1,63 @@
+//! LFS objects of an upstream: fetched for each task that wants them, kept beside its mirror.
+//!
+//! They are in `lfs/objects` of the mirror's directory, so that they belong to the same upstream and credential, are
+//! counted with it and go with it.
+
+use super::{Fetched, Mirrors};
+use crate::{
+    failure::Failure,
+    git::{
+        Run,
+        child::{self, Role},
+        credential::CredentialFile,
+        pointer::Pointer,
+        transfer,
+    },
+    protocol::{CredentialName, GitUrl},
+};
+
+impl Mirrors {
+    /// Brings `objects` of `url` into the mirror that was fetched from it, and returns how many bytes came.
+    ///
+    /// The upstream is asked for every one of them, with this task's own credential, also for those that are here: its
+    /// answer is the authorisation to use them.
+    ///
+    /// # Errors
+    /// A failure that carries its decision.
+    pub(crate) async fn fetch_lfs(
+        &self,
+        fetched: &Fetched,
+        url: &GitUrl,
+        credential: Option<&CredentialName>,
+        objects: &[Pointer],
+        run: &Run<'_>,
+    ) -> Result<u64, Failure> {
+        self.allow(url)?;
+        let directory = self.settings.credentials_path.as_deref();
+        let credential = credential.map(|name| CredentialFile::find(directory, name, url.scheme())).transpose()?;
+        let flight = self.flight(fetched.key());
+        let _turn = child::within(run, None, flight.lock()).await?;
+        let request = transfer::LfsRequest {
+            url: url.as_str().to_owned(),
+            store: fetched.lfs(),
+            objects: objects.to_vec(),
+            credential,
+            policy: self.policy.clone(),
+            ca_file: self.settings.ca_file.clone(),
+        };
+        let answer: transfer::LfsAnswer = self.children.run(Role::Transfer, &request, Vec::new(), run).await?;
+        Ok(answer.received_bytes)
+    }
+}
+
+impl Fetched {
+    /// The name of the mirror.
+    pub(crate) fn key(&self) -> &str {
+        self.path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default()
+    }
+
+    /// Where its LFS objects are.
+    pub(crate) fn lfs(&self) -> std::path::PathBuf {
+        self.path.join("lfs")
+    }
+}
