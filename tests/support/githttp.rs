@@ -103,19 +103,28 @@ struct Shared {
     state: Mutex<State>,
 }
 
+/// Answers a request that is not for git, and tells whether it did.
+pub(crate) type Handler = Arc<dyn Fn(&Request, &mut dyn Write) -> bool + Send + Sync>;
+
 struct State {
     behaviour: Behaviour,
+    /// Asked first.
+    handler: Option<Handler>,
     /// The value of `Authorization` that is required.
     authorization: Option<String>,
     counts: Counts,
 }
 
-struct Request {
-    method: String,
-    path: String,
+/// One request.
+pub(crate) struct Request {
+    /// Its method.
+    pub(crate) method: String,
+    /// Its path.
+    pub(crate) path: String,
     query: String,
     headers: Vec<(String, String)>,
-    body: Vec<u8>,
+    /// Its body.
+    pub(crate) body: Vec<u8>,
 }
 
 impl Upstream {
@@ -256,7 +265,7 @@ impl Server {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let state = State { behaviour: Behaviour::Serve, authorization: None, counts: Counts::default() };
+        let state = State { behaviour: Behaviour::Serve, handler: None, authorization: None, counts: Counts::default() };
         let shared =
             Arc::new(Shared { tls, root: root.to_owned(), stopped: AtomicBool::new(false), state: Mutex::new(state) });
         let serving = shared.clone();
@@ -281,6 +290,11 @@ impl Server {
     /// How requests are answered from now on.
     pub(crate) fn behave(&self, behaviour: Behaviour) {
         self.shared.state.lock().unwrap().behaviour = behaviour;
+    }
+
+    /// Lets `handler` answer what it wants to answer, before anything else is looked at.
+    pub(crate) fn handle(&self, handler: impl Fn(&Request, &mut dyn Write) -> bool + Send + Sync + 'static) {
+        self.shared.state.lock().unwrap().handler = Some(Arc::new(handler));
     }
 
     /// Requires Basic authentication from now on; `encoded` is the base64 of `user:password`.
@@ -323,6 +337,8 @@ impl Shared {
     fn serve(&self, stream: &mut impl Stream, socket: &TcpStream) -> std::io::Result<()> {
         let request = Request::read(stream)?;
         let is_pack = request.body.windows(13).any(|window| window == b"command=fetch");
+        let handler = self.state.lock().unwrap().handler.clone();
+        let handled = handler.is_some_and(|handler| handler(&request, stream));
         let behaviour = {
             let mut state = self.state.lock().unwrap();
             let authorization = request.header("authorization").map(str::to_owned);
@@ -336,6 +352,9 @@ impl Shared {
                 state.behaviour.clone()
             }
         };
+        if handled {
+            return Ok(());
+        }
         match behaviour {
             Behaviour::Serve => self.answer(stream, &request, usize::MAX).map(drop),
             Behaviour::Answer { status, headers } => {
@@ -486,7 +505,7 @@ impl Request {
         Ok(request)
     }
 
-    fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 }

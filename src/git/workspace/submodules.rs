@@ -122,8 +122,9 @@ pub(super) fn run_add(directory: &Dir, order: &Add, reporter: &Reporter) -> Resu
     let place = order.parent.inner(&order.module);
     let follows = Follows::Commit(order.module.commit.clone());
     let git = beneath(directory, &place.git)?;
-    let mut config = skeleton::config(&order.url, &follows, false);
-    config.push_str(&format!("[core]\n\tworktree = {}\n", skeleton::value(&place.to_tree())));
+    // Its section comes first, and is where git puts the way to the working tree.
+    let worktree = format!("\tworktree = {}\n[remote ", skeleton::value(&place.to_tree()));
+    let config = skeleton::config(&order.url, &follows, false).replacen("[remote ", &worktree, 1);
     skeleton::lay_out(&git.path, &config, "")?;
     let tree = beneath(directory, &place.tree)?;
     if !tree.dir.entries()?.is_empty() {

@@ -1,7 +1,7 @@
 //! The LFS objects that are here, in the order of directories that git-lfs uses.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io::{Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -56,14 +56,13 @@ impl Store {
     ) -> Result<(), Failure> {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&self.incoming)?;
         copy(pointer, from, &mut file, moved, host)?;
+        // Whole before it has its name: what has a name is believed later. The name itself may be lost.
         file.sync_all()?;
         let path = self.path(pointer);
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;
-            fs::rename(&self.incoming, &path)?;
-            File::open(parent)?.sync_all()?;
         }
-        Ok(())
+        Ok(fs::rename(&self.incoming, &path)?)
     }
 }
 
