@@ -208,7 +208,12 @@ async fn lfs_files_are_in_their_places_and_git_finds_the_project_clean() {
     let seed = stage.world.seed();
     stage.commit(
         &[("plain.txt", "plain"), ("not.bin.txt", &pointer(b"not of the attributes")), ("small.bin", "no pointer")],
-        &[("a.bin", b"large a"), ("dir/deep/b.bin", &[7; 300_000]), ("same.bin", b"large a"), ("run.bin", b"#!/bin/sh\n")],
+        &[
+            ("a.bin", b"large a"),
+            ("dir/deep/b.bin", &[7; 300_000]),
+            ("same.bin", b"large a"),
+            ("run.bin", b"#!/bin/sh\n"),
+        ],
     );
     fs::set_permissions(seed.join("run.bin"), fs::Permissions::from_mode(0o755)).unwrap();
     stage.world.push("executable");
@@ -234,7 +239,7 @@ async fn lfs_files_are_in_their_places_and_git_finds_the_project_clean() {
     assert_eq!(stage.script.lock().unwrap().batches, [3]);
     // A change of the user's is one.
     write(&project, "a.bin", "changed");
-    assert_eq!(git(&project, &["status", "--porcelain"]), "M a.bin");
+    assert_eq!(git(&project, &["status", "--porcelain"]), " M a.bin");
     assert!(stage.world.leftovers().is_empty());
 }
 

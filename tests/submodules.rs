@@ -103,7 +103,8 @@ async fn submodules_equal_those_of_git_and_their_users_git_goes_on_with_them() {
             &["for-each-ref", "refs/remotes", "refs/tags"],
             &["rev-parse", "--git-dir"],
         ] {
-            let clean = |text: String| text.replace(ours.to_str().unwrap(), "").replace(reference.to_str().unwrap(), "");
+            let clean =
+                |text: String| text.replace(ours.to_str().unwrap(), "").replace(reference.to_str().unwrap(), "");
             assert_eq!(clean(git(&a, args)), clean(git(&b, args)), "{at} {args:?}");
         }
         assert_eq!(git(&a, &["status", "--porcelain"]), "");
@@ -157,7 +158,10 @@ async fn a_pull_counts_submodules_that_changed_and_leaves_them() {
     let pulled = world.pull(1, json!({})).await.unwrap();
     assert_eq!((pulled.updated, pulled.submodules_changed), (Some(true), Some(2)));
     assert_eq!(read(&project, "b.txt"), "b");
-    assert_eq!((git(&project.join("two"), &["rev-parse", "HEAD"]), read(&project, "two/mine")), (before, "kept".into()));
+    assert_eq!(
+        (git(&project.join("two"), &["rev-parse", "HEAD"]), read(&project, "two/mine")),
+        (before, "kept".into())
+    );
     assert_eq!(read(&project, "libs/one/old.txt"), "old");
     git(&project, &["submodule", "update"]);
     assert_eq!(read(&project, "two/two.txt"), "changed");

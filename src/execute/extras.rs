@@ -9,7 +9,7 @@ use super::executor::{GitExecutor, blocking};
 use crate::{
     failure::{ErrorClass, Failure},
     git::{
-        Budget, Fetched, Run, Staging, Want,
+        Budget, Children, Fetched, Run, Staging, Want,
         module::{self, Module, Place},
         workspace::{self, Add, Pointers, Smudge, Survey, Surveyed},
     },
@@ -37,6 +37,8 @@ struct Extras<'a> {
     work: &'a CloneTask,
     staging: &'a Arc<Staging>,
     run: &'a Run<'a>,
+    /// Those that work in the project, as its owner.
+    children: Children,
     /// What is left for all trees and LFS files of the project together.
     budget: Budget,
     /// Submodules so far.
@@ -56,10 +58,19 @@ pub(super) async fn add(
     if !wanted(work) {
         return Ok(());
     }
-    let mut extras =
-        Extras { git, work, staging, run, budget: git.budget(), count: 0, mirrors: Vec::new() };
+    let children = git.children.of(staging.owner);
+    let mut extras = Extras {
+        git,
+        work,
+        staging,
+        run,
+        children: children.clone(),
+        budget: git.budget(),
+        count: 0,
+        mirrors: Vec::new(),
+    };
     let order = Survey { place: Place::project(), budget: extras.budget, submodules: work.submodules };
-    let surveyed = workspace::survey(&git.children, staging.handle()?, order, run).await?;
+    let surveyed = workspace::survey(&children, staging.handle()?, order, run).await?;
     extras.spend(&surveyed);
     let project = Repository {
         place: Place::project(),
@@ -111,7 +122,7 @@ impl Extras<'_> {
         place: Place,
         depth: usize,
     ) -> Result<Repository, Failure> {
-        let Self { git, staging, run, .. } = *self;
+        let (git, staging, run) = (self.git, self.staging, self.run);
         let url = module.address(&parent.url)?;
         git.mirrors.allow(&url)?;
         // The credential was named for the project's own upstream; another host never sees it.
@@ -130,7 +141,7 @@ impl Extras<'_> {
             budget: self.budget,
             reserve: git.reserve.bytes(),
         };
-        let surveyed = workspace::add(&git.children, staging.handle()?, order, run).await?;
+        let surveyed = workspace::add(&self.children, staging.handle()?, order, run).await?;
         self.spend(&surveyed);
         self.mirrors.push(fetched.key().to_owned());
         let repository = Repository { place, url, credential, depth, modules: surveyed.modules };
@@ -143,10 +154,10 @@ impl Extras<'_> {
         if !self.work.lfs {
             return Ok(());
         }
-        let Self { git, staging, run, .. } = *self;
+        let (git, staging, run) = (self.git, self.staging, self.run);
         let place = &repository.place;
         let order = Pointers { place: place.clone(), budget: self.budget };
-        let wanted = workspace::collect(&git.children, staging.handle()?, order, run).await?;
+        let wanted = workspace::collect(&self.children, staging.handle()?, order, run).await?;
         if wanted.objects.is_empty() {
             return Ok(());
         }
@@ -159,7 +170,7 @@ impl Extras<'_> {
         git.mirrors.fetch_lfs(fetched, &repository.url, repository.credential.as_ref(), &objects, run).await?;
         let (store, at, staged) = (fetched.lfs(), place.git.clone(), Arc::clone(staging));
         copied(run, move |moved| staged.copy_lfs(&store, &at, &wanted.objects, moved)).await?;
-        workspace::smudge(&git.children, staging.handle()?, Smudge { place: place.clone() }, run).await
+        workspace::smudge(&self.children, staging.handle()?, Smudge { place: place.clone() }, run).await
     }
 
     /// Lets go of the submodules' mirrors: no pull ever asks for them again, and no project is bound to them.

@@ -348,7 +348,8 @@ mod tests {
 
     #[test]
     fn what_the_tree_does_not_have_is_left_alone_and_what_it_has_needs_an_address() {
-        let text = "[submodule \"gone\"]\n\tpath = gone\n\turl = ext::x\n[submodule \"none\"]\n\tpath = n\n\tupdate = none\n";
+        let text =
+            "[submodule \"gone\"]\n\tpath = gone\n\turl = ext::x\n[submodule \"none\"]\n\tpath = n\n\tupdate = none\n";
         assert_eq!(read(text, &["n"]).unwrap(), []);
         assert_eq!(read(text, &["n", "m"]).unwrap_err().class, ErrorClass::NotFound);
         assert_eq!(read("[submodule \"m\"]\n\tpath = m\n", &["m"]).unwrap_err().class, ErrorClass::NotFound);

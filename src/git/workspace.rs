@@ -20,14 +20,13 @@ mod submodules;
 mod waiting;
 mod walk;
 
-use std::{fs::OpenOptions, os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
+use std::{os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use self::pull::Question;
-pub(super) use self::walk::check_name;
 pub(crate) use self::{
     lfs::{Pointers, Smudge, collect, smudge},
     look::{Look, Looked},
@@ -36,9 +35,10 @@ pub(crate) use self::{
     submodules::{Add, Survey, Surveyed, add, survey},
     walk::Budget,
 };
+pub(super) use self::{open::forget_search_paths, walk::check_name};
 use super::{
     Run,
-    child::{Children, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
     projects::Dir,
 };
 use crate::failure::{ErrorClass, Failure};
@@ -73,6 +73,21 @@ enum Order {
     Collect(Pointers),
     /// Put what they point to into their places.
     Smudge(Smudge),
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        let pack = match &self.order {
+            Order::Pull(order) => order.pack,
+            _ => None,
+        };
+        Access {
+            directory: Some(self.directory),
+            descriptors: pack.into_iter().collect(),
+            as_owner: true,
+            ..Access::default()
+        }
+    }
 }
 
 /// Makes the project whose objects are in `directory` already.
@@ -161,7 +176,7 @@ pub(super) fn main() -> ExitCode {
 }
 
 fn directory(number: i32) -> Result<Dir, Failure> {
-    let file = inherited(number, OpenOptions::new().read(true))?;
+    let file = inherited(number)?;
     Ok(Dir::from(OwnedFd::from(file)))
 }
 

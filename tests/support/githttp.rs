@@ -265,7 +265,8 @@ impl Server {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let state = State { behaviour: Behaviour::Serve, handler: None, authorization: None, counts: Counts::default() };
+        let state =
+            State { behaviour: Behaviour::Serve, handler: None, authorization: None, counts: Counts::default() };
         let shared =
             Arc::new(Shared { tls, root: root.to_owned(), stopped: AtomicBool::new(false), state: Mutex::new(state) });
         let serving = shared.clone();

@@ -3,6 +3,8 @@
 //! They are in `lfs/objects` of the mirror's directory, so that they belong to the same upstream and credential, are
 //! counted with it and go with it.
 
+use std::{fs::DirBuilder, io::ErrorKind, os::unix::fs::DirBuilderExt, path::PathBuf};
+
 use super::{Fetched, Mirrors};
 use crate::{
     failure::Failure,
@@ -37,6 +39,11 @@ impl Mirrors {
         let credential = credential.map(|name| CredentialFile::find(directory, name, url.scheme())).transpose()?;
         let flight = self.flight(fetched.key());
         let _turn = child::within(run, None, flight.lock()).await?;
+        // The child can write nothing beside it.
+        match DirBuilder::new().mode(0o700).create(fetched.lfs()) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error.into()),
+            _ => {}
+        }
         let request = transfer::LfsRequest {
             url: url.as_str().to_owned(),
             store: fetched.lfs(),
@@ -57,7 +64,7 @@ impl Fetched {
     }
 
     /// Where its LFS objects are.
-    pub(crate) fn lfs(&self) -> std::path::PathBuf {
+    pub(crate) fn lfs(&self) -> PathBuf {
         self.path.join("lfs")
     }
 }

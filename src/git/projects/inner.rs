@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::Path};
 
 use rustix::fs::OFlags;
 
-use super::{Dir, Staging, objects};
+use super::{Dir, Staging, objects, staging::give};
 use crate::{failure::Failure, git::pointer::Pointer};
 
 impl Staging {
@@ -18,8 +18,8 @@ impl Staging {
         git: &str,
         moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let git = way(&self.dir, git)?;
-        objects::copy(mirror, &git.ensure("objects", 0o755)?, moved)
+        let objects = self.way(&self.dir, &format!("{git}/objects"))?;
+        objects::copy(mirror, &objects, self.owner, moved)
     }
 
     /// Copies LFS objects from `store` into the git directory `git`.
@@ -34,24 +34,26 @@ impl Staging {
         moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let from = Dir::open(&store.join("objects"))?;
-        let into = way(&self.dir, &format!("{git}/lfs/objects"))?;
+        let into = self.way(&self.dir, &format!("{git}/lfs/objects"))?;
         for pointer in wanted {
             let [first, second, name] = pointer.place();
             let source = from.open_file(format!("{first}/{second}/{name}"), OFlags::RDONLY, 0)?;
-            let into = way(&into, &format!("{first}/{second}"))?;
+            let into = self.way(&into, &format!("{first}/{second}"))?;
             let target = into.open_file(name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
             objects::copy_file(&source, &target, moved)?;
             rustix::fs::fchmod(&target, rustix::fs::Mode::from_raw_mode(0o444)).map_err(std::io::Error::from)?;
+            give(&target, self.owner)?;
         }
         Ok(())
     }
-}
 
-/// Makes every directory on the way to `path` beneath `dir` and opens the last.
-fn way(dir: &Dir, path: &str) -> Result<Dir, Failure> {
-    let mut at = dir.child(".")?;
-    for name in path.split('/') {
-        at = at.ensure(name, 0o755)?;
+    /// Makes every directory on the way to `path` beneath `dir`, its owner's, and opens the last.
+    fn way(&self, dir: &Dir, path: &str) -> Result<Dir, Failure> {
+        let mut at = dir.child(".")?;
+        for name in path.split('/') {
+            at = at.ensure(name, 0o755)?;
+            give(&at, self.owner)?;
+        }
+        Ok(at)
     }
-    Ok(at)
 }

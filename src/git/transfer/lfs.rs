@@ -18,7 +18,12 @@ use self::{link::Link, store::Store};
 use super::{TICK, meter::Meter};
 use crate::{
     failure::Failure,
-    git::{child::Reporter, credential::CredentialFile, pointer::Pointer, policy::Policy},
+    git::{
+        child::{Access, Confined, Reporter},
+        credential::CredentialFile,
+        pointer::Pointer,
+        policy::Policy,
+    },
     protocol::GitUrl,
 };
 
@@ -40,6 +45,18 @@ pub(in crate::git) struct LfsRequest {
     pub(in crate::git) policy: Policy,
     /// Trusted certificate authorities, instead of the system's.
     pub(in crate::git) ca_file: Option<PathBuf>,
+}
+
+impl Confined for LfsRequest {
+    fn access(&self) -> Access {
+        let credential = self.credential.as_ref().map(|file| file.path.clone());
+        Access {
+            reads: credential.into_iter().chain(self.ca_file.clone()).collect(),
+            writes: vec![self.store.clone()],
+            network: true,
+            ..Access::default()
+        }
+    }
 }
 
 /// What it answers.
@@ -69,7 +86,8 @@ pub(super) fn fetch(request: &LfsRequest, reporter: &Reporter) -> Result<LfsAnsw
     let mut objects = hand.add_child_with_id("objects", super::meter::INDEXED_OBJECTS);
     gix::Progress::init(&mut objects, Some(request.objects.len()), None);
     let bytes = hand.add_child_with_id("bytes", super::meter::PACK_BYTES);
-    let moved = Moved { bytes: gix::progress::Count::counter(&bytes), objects: gix::progress::Count::counter(&objects) };
+    let moved =
+        Moved { bytes: gix::progress::Count::counter(&bytes), objects: gix::progress::Count::counter(&objects) };
     meter.reporting(TICK, reporter, || run(request, &url, &moved))
 }
 

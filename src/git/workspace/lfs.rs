@@ -163,9 +163,9 @@ fn files(repo: &Repository, index: &IndexFile, reporter: &Reporter) -> Result<Ve
         let at = attributes.at_entry(path.as_bstr(), Some(entry.mode)).map_err(|error| damaged(&error))?;
         filter.reset();
         at.matching_attributes(&mut filter);
-        let lfs = filter.iter_selected().any(
-            |found| matches!(found.assignment.state, StateRef::Value(value) if value.as_bstr() == "lfs"),
-        );
+        let lfs = filter
+            .iter_selected()
+            .any(|found| matches!(found.assignment.state, StateRef::Value(value) if value.as_bstr() == "lfs"));
         if lfs {
             found.push(Large { path, executable: entry.mode == Mode::FILE_EXECUTABLE, pointer });
         }
@@ -192,9 +192,7 @@ pub(super) fn run_smudge(directory: &Dir, order: &Smudge, reporter: &Reporter) -
         bytes += file.pointer.size();
         reporter.progress(Progress { phase: "checkout".to_owned(), done, total: Some(total), bytes });
     }
-    index
-        .write(gix::index::write::Options::default())
-        .map_err(|error| write_fault(&tree.path, &error.to_string()))
+    index.write(gix::index::write::Options::default()).map_err(|error| write_fault(&tree.path, &error.to_string()))
 }
 
 /// Writes one file beside the objects and renames it into its place.

@@ -95,7 +95,8 @@ pub(super) fn run(directory: &Dir, order: &Pull, reporter: &Reporter) -> Result<
     if repo.state() != RepositoryState::Clean {
         return Err(Failure::conflict("a merge, rebase or the like is under way in the project; finish or abort it"));
     }
-    let mut work = Work { repo: &repo, root: directory, waiting: &waiting, order, reporter, backup_ref: None, left: (0, 0) };
+    let mut work =
+        Work { repo: &repo, root: directory, waiting: &waiting, order, reporter, backup_ref: None, left: (0, 0) };
     work.announce()?;
     let before = head(&repo)?;
     match work.advance(&before) {

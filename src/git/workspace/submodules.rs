@@ -153,7 +153,8 @@ pub(super) fn run_add(directory: &Dir, order: &Add, reporter: &Reporter) -> Resu
     tree.dir.open_file(".git", flags, 0o644)?.write_all(format!("gitdir: {}\n", place.to_git()).as_bytes())?;
     let parent = beneath(directory, &order.parent.git)?;
     // As `git submodule update --init` notes it.
-    let section = format!("[submodule \"{}\"]\n\tactive = true\n\turl = {}\n", order.module.name, skeleton::value(&order.url));
+    let section =
+        format!("[submodule \"{}\"]\n\tactive = true\n\turl = {}\n", order.module.name, skeleton::value(&order.url));
     parent.dir.open_file("config", OFlags::WRONLY | OFlags::APPEND, 0)?.write_all(section.as_bytes())?;
     Ok(Surveyed { files, bytes, modules })
 }
@@ -195,8 +196,7 @@ fn modules(repo: &Repository, tree: ObjectId) -> Result<Vec<Module>, Failure> {
             text = repo.find_object(entry.id).map_err(|error| damaged(&error))?.detach().data;
         }
     }
-    let other = |path: &str| {
-        index.entry_by_path(path.as_bytes().as_bstr()).is_some_and(|entry| entry.mode != Mode::COMMIT)
-    };
+    let other =
+        |path: &str| index.entry_by_path(path.as_bytes().as_bstr()).is_some_and(|entry| entry.mode != Mode::COMMIT);
     module::wanted(&text, &links, other)
 }

@@ -57,10 +57,8 @@ struct Refusal {
 /// # Errors
 /// By the status of the answer, or by that of the first object that is refused.
 pub(super) fn ask(link: &Link, wanted: &[Pointer]) -> Result<Vec<(Pointer, Action)>, Failure> {
-    let objects: Vec<_> =
-        wanted.iter().map(|pointer| json!({"oid": pointer.oid(), "size": pointer.size()})).collect();
-    let question =
-        json!({"operation": "download", "transfers": ["basic"], "objects": objects, "hash_algo": "sha256"});
+    let objects: Vec<_> = wanted.iter().map(|pointer| json!({"oid": pointer.oid(), "size": pointer.size()})).collect();
+    let question = json!({"operation": "download", "transfers": ["basic"], "objects": objects, "hash_algo": "sha256"});
     let text = link.ask(question.to_string().into_bytes(), LONGEST)?;
     answered(link.host(), link.is_authorised(), &text, wanted)
 }
@@ -77,9 +75,8 @@ fn answered(host: &str, authorised: bool, text: &[u8], wanted: &[Pointer]) -> Re
         objects.entry(object.oid.clone()).or_insert(object);
     }
     let find = |pointer: &Pointer| {
-        let missing = |why: &str| {
-            Failure::new(ErrorClass::NotFound, format!("{host} {why} the LFS object {}", pointer.oid()))
-        };
+        let missing =
+            |why: &str| Failure::new(ErrorClass::NotFound, format!("{host} {why} the LFS object {}", pointer.oid()));
         let object = objects.remove(pointer.oid()).ok_or_else(|| missing("said nothing of"))?;
         if let Some(Refusal { code }) = object.error {
             // The words of the service are not repeated: they are a stranger's.

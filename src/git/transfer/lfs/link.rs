@@ -1,10 +1,7 @@
 //! The connections of an LFS transfer: to the upstream with the task's credential, and to wherever its links lead
 //! without it.
 
-use std::{
-    io::Read,
-    sync::Arc,
-};
+use std::{io::Read, sync::Arc};
 
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
@@ -122,7 +119,10 @@ impl Link {
             Failure::new(ErrorClass::Network, format!("{}: the connection broke: {}", self.host(), error.kind()))
         })?;
         if text.len() as u64 > longest {
-            return Err(Failure::new(ErrorClass::Quota, format!("{} answers the LFS request at too great length", self.host())));
+            return Err(Failure::new(
+                ErrorClass::Quota,
+                format!("{} answers the LFS request at too great length", self.host()),
+            ));
         }
         Ok(text)
     }
