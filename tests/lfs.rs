@@ -356,8 +356,6 @@ async fn the_credential_is_never_sent_to_another_host() {
     let away: Arc<Mutex<Script>> = Arc::default();
     away.lock().unwrap().objects.insert(oid(b"hello"), b"hello".to_vec());
     serve(&storage, &away);
-    let signed = format!("{}?sig=", storage.url("objects/"));
-    assert!(signed.contains("localhost"));
     let link = storage.url("objects/");
     stage.set(|script| {
         script.link = Some(link);

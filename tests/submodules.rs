@@ -9,6 +9,7 @@ mod githttp;
 mod world;
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     fs,
     os::unix::fs::{PermissionsExt, symlink},
@@ -16,7 +17,7 @@ use std::{
 };
 
 use githttp::Server;
-use haul::{failure::ErrorClass, git::GitSettings};
+use haul::{failure::ErrorClass, git::GitSettings, protocol::Owner};
 use serde_json::json;
 use world::{World, git, git_raw, listing, read, write};
 
@@ -223,6 +224,30 @@ async fn hostile_submodules_fail_the_clone_and_leave_nothing() {
         }
     }
     assert!(!touched.exists() && !world.path("outside").exists() && !world.path("sub").exists());
+}
+
+#[tokio::test]
+async fn submodules_are_their_owners_like_everything_else() {
+    use std::os::unix::fs::MetadataExt;
+    fn owners(path: &Path, all: &mut BTreeSet<(u32, u32)>) {
+        let stat = path.symlink_metadata().unwrap();
+        all.insert((stat.uid(), stat.gid()));
+        if stat.is_dir() {
+            fs::read_dir(path).unwrap().for_each(|entry| owners(&entry.unwrap().path(), all));
+        }
+    }
+    assert!(rustix::process::getuid().is_root(), "this test changes users: run it as root (scripts/test does)");
+    let mut world = furnished().await;
+    let owner = Owner { uid: 54_321, gid: 54_322 };
+    world.settings.run_as = Some(owner);
+    world.restart().await;
+    world.clone(1, "p", json!({"submodules": true})).await.unwrap();
+    let mut all = BTreeSet::new();
+    owners(&world.project("p"), &mut all);
+    assert_eq!(all, BTreeSet::from([(owner.uid, owner.gid)]));
+    assert_eq!(read(&world.project("p"), "libs/one/in/ner/inner.txt"), "inner");
+    world.run(&world.job("delete", 1, json!({}))).await.unwrap();
+    assert!(!world.project("p").exists() && world.leftovers().is_empty());
 }
 
 #[tokio::test]

@@ -165,14 +165,24 @@ pub(super) fn main() -> ExitCode {
         let directory = directory(request.directory)?;
         pulse::with(reporter, || match request.order {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
-            Order::Look(order) => value(look::run(&directory, &order, reporter)?),
-            Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
+            Order::Look(order) => value(look::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
+            Order::Pull(order) => value(pull::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
             Order::Survey(order) => value(submodules::run_survey(&directory, &order, reporter)?),
             Order::Add(order) => value(submodules::run_add(&directory, &order, reporter)?),
             Order::Collect(order) => value(lfs::run_collect(&directory, &order, reporter)?),
             Order::Smudge(order) => value(lfs::run_smudge(&directory, &order, reporter)?),
         })
     })
+}
+
+/// What the owner of a project may not touch, or what leads out of it, is not as the agent made it.
+fn unreachable_to_its_owner(failure: Failure) -> Failure {
+    // What the system said has become words by now.
+    let denied = std::io::Error::from(rustix::io::Errno::ACCESS).to_string();
+    if failure.class == ErrorClass::Internal && failure.message.contains(&denied) {
+        return guard::altered(failure.message);
+    }
+    failure
 }
 
 fn directory(number: i32) -> Result<Dir, Failure> {

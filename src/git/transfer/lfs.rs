@@ -11,7 +11,7 @@ mod store;
 
 use std::{path::PathBuf, sync::atomic::Ordering};
 
-use gix::progress::{NestedProgress, StepShared};
+use gix::progress::{Count, NestedProgress, Progress as _, StepShared};
 use serde::{Deserialize, Serialize};
 
 use self::{link::Link, store::Store};
@@ -72,6 +72,8 @@ pub(in crate::git) struct LfsAnswer {
 struct Moved {
     bytes: StepShared,
     objects: StepShared,
+    /// Small objects are movement, too.
+    steps: StepShared,
 }
 
 /// Brings every object of `request` into the store.
@@ -84,10 +86,9 @@ pub(super) fn fetch(request: &LfsRequest, reporter: &Reporter) -> Result<LfsAnsw
     let meter = Meter::default();
     let mut hand = meter.hand();
     let mut objects = hand.add_child_with_id("objects", super::meter::INDEXED_OBJECTS);
-    gix::Progress::init(&mut objects, Some(request.objects.len()), None);
+    objects.init(Some(request.objects.len()), None);
     let bytes = hand.add_child_with_id("bytes", super::meter::PACK_BYTES);
-    let moved =
-        Moved { bytes: gix::progress::Count::counter(&bytes), objects: gix::progress::Count::counter(&objects) };
+    let moved = Moved { bytes: bytes.counter(), objects: objects.counter(), steps: meter.moved() };
     meter.reporting(TICK, reporter, || run(request, &url, &moved))
 }
 
@@ -103,6 +104,7 @@ fn run(request: &LfsRequest, url: &GitUrl, moved: &Moved) -> Result<LfsAnswer, F
                 answer.received_bytes += pointer.size();
             }
             moved.objects.fetch_add(1, Ordering::Relaxed);
+            moved.steps.fetch_add(1, Ordering::Relaxed);
         }
     }
     Ok(answer)

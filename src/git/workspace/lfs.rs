@@ -33,7 +33,7 @@ use super::{
     make::{damaged, write_fault},
     open::fault,
     plan::{self, Change, Found, Side},
-    submodules::{beneath, open},
+    submodules::{beneath, checked_out, open},
     walk::Budget,
 };
 use crate::{
@@ -118,7 +118,7 @@ pub(crate) async fn smudge(
 pub(super) fn run_collect(directory: &Dir, order: &Pointers, reporter: &Reporter) -> Result<Collected, Failure> {
     let repo = open(directory, &order.place)?;
     let mut collected = Collected::default();
-    let Ok(tree) = repo.head_tree_id() else { return Ok(collected) };
+    let Some(tree) = checked_out(&repo)? else { return Ok(collected) };
     let index = repo.index_from_tree(&tree).map_err(|error| damaged(&error))?;
     for file in files(&repo, &index, reporter)? {
         collected.bytes = collected.bytes.saturating_add(file.pointer.size());

@@ -108,12 +108,9 @@ fn judged(surveyed: Surveyed) -> Result<Surveyed, Failure> {
 
 pub(super) fn run_survey(directory: &Dir, order: &Survey, reporter: &Reporter) -> Result<Surveyed, Failure> {
     let repo = open(directory, &order.place)?;
-    let Ok(tree) = repo.head_tree_id() else {
-        // An upstream without commits.
-        return Ok(Surveyed::default());
-    };
-    let size = walk::walk(&repo, tree.detach(), order.budget, reporter)?;
-    let modules = if order.submodules { modules(&repo, tree.detach())? } else { Vec::new() };
+    let Some(tree) = checked_out(&repo)? else { return Ok(Surveyed::default()) };
+    let size = walk::walk(&repo, tree, order.budget, reporter)?;
+    let modules = if order.submodules { modules(&repo, tree)? } else { Vec::new() };
     Ok(Surveyed { files: size.files, bytes: size.bytes, modules })
 }
 
@@ -178,6 +175,14 @@ pub(super) fn open(directory: &Dir, place: &Place) -> Result<Repository, Failure
     let path = PathBuf::from(format!("/proc/self/fd/{}/{}", directory.as_fd().as_raw_fd(), place.git));
     gix::open_opts(path, gix::open::Options::isolated().with(gix::sec::Trust::Full))
         .map_err(|error| Failure::internal(format!("a new repository cannot be opened: {error}")))
+}
+
+/// The tree that is checked out; `None` for an upstream without commits.
+pub(super) fn checked_out(repo: &Repository) -> Result<Option<ObjectId>, Failure> {
+    if repo.head().map_err(|error| damaged(&error))?.is_unborn() {
+        return Ok(None);
+    }
+    Ok(Some(repo.head_tree_id().map_err(|error| damaged(&error))?.detach()))
 }
 
 /// The submodules of `tree` that are to be made.

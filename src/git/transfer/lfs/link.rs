@@ -1,14 +1,14 @@
 //! The connections of an LFS transfer: to the upstream with the task's credential, and to wherever its links lead
 //! without it.
 
-use std::{io::Read, sync::Arc};
+use std::{cell::RefCell, collections::HashMap, io::Read, path::PathBuf, sync::Arc};
 
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use ureq::{
     Agent, Body,
     http::{HeaderName, HeaderValue, Request as HttpRequest, Response, header},
-    tls::{RootCerts, TlsConfig, TlsProvider},
+    tls::{TlsConfig, TlsProvider},
     unversioned::transport::DefaultConnector,
 };
 use url::Url;
@@ -49,10 +49,12 @@ const OURS: [&str; 9] = [
 
 /// What is sent and received for one task.
 pub(super) struct Link {
-    agent: Agent,
+    /// One for each scheme, host and port.
+    agents: RefCell<HashMap<String, Agent>>,
     upstream: GitUrl,
     authorization: Option<SecretString>,
     policy: Policy,
+    ca_file: Option<PathBuf>,
     verdict: Verdict,
 }
 
@@ -66,33 +68,40 @@ impl Link {
         if url.scheme() == Scheme::Http && login.is_some() {
             http::require_loopback(url, &request.policy)?;
         }
-        let verdict = Verdict::default();
-        let authorities = match http::authorities(request.ca_file.as_deref()) {
-            // An upstream without encryption has links without it, too.
-            Err(_) if url.scheme() == Scheme::Http => RootCerts::new_with_certs(&[]),
-            other => other?,
-        };
-        let tls = TlsConfig::builder()
+        Ok(Self {
+            agents: RefCell::default(),
+            upstream: url.clone(),
+            authorization: login.as_ref().map(Login::basic),
+            policy: request.policy.clone(),
+            ca_file: request.ca_file.clone(),
+            verdict: Verdict::default(),
+        })
+    }
+
+    /// The client for one scheme, host and port: no redirects, no proxy, checked addresses.
+    fn agent(&self, place: &GitUrl) -> Result<Agent, Failure> {
+        let name = format!("{:?} {} {}", place.scheme(), place.host(), place.port());
+        if let Some(agent) = self.agents.borrow().get(&name) {
+            return Ok(agent.clone());
+        }
+        let mut tls = TlsConfig::builder()
             .provider(TlsProvider::Rustls)
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .root_certs(authorities)
-            .build();
+            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
+        if place.scheme() == Scheme::Https {
+            tls = tls.root_certs(http::authorities(self.ca_file.as_deref())?);
+        }
         let config = Agent::config_builder()
-            .tls_config(tls)
+            .tls_config(tls.build())
             .proxy(None)
             .max_redirects(0)
             .max_redirects_will_error(false)
             .http_status_as_error(false)
             .timeout_connect(Some(address::CONNECT))
             .build();
-        let resolver = Checked { policy: request.policy.clone(), verdict: verdict.clone() };
-        Ok(Self {
-            agent: Agent::with_parts(config, DefaultConnector::default(), resolver),
-            upstream: url.clone(),
-            authorization: login.as_ref().map(Login::basic),
-            policy: request.policy.clone(),
-            verdict,
-        })
+        let resolver = Checked { policy: self.policy.clone(), verdict: self.verdict.clone() };
+        let agent = Agent::with_parts(config, DefaultConnector::default(), resolver);
+        self.agents.borrow_mut().insert(name, agent.clone());
+        Ok(agent)
     }
 
     /// The upstream's host.
@@ -111,7 +120,7 @@ impl Link {
             .header(header::ACCEPT, JSON)
             .header(header::CONTENT_TYPE, JSON);
         let request = self.authorise(request)?.body(question).map_err(|_| unfit())?;
-        let response = self.agent.run(request).map_err(|error| self.broken(self.host(), &error))?;
+        let response = self.agent(&self.upstream)?.run(request).map_err(|error| self.broken(self.host(), &error))?;
         let response = self.judge(response, self.host(), self.is_authorised())?;
         let mut text = Vec::new();
         let read = response.into_body().into_reader().take(longest + 1).read_to_end(&mut text);
@@ -144,7 +153,7 @@ impl Link {
             request = self.authorise(request)?;
         }
         let request = request.body(()).map_err(|_| unfit())?;
-        let response = self.agent.run(request).map_err(|error| self.broken(place.host(), &error))?;
+        let response = self.agent(&place)?.run(request).map_err(|error| self.broken(place.host(), &error))?;
         let response = self.judge(response, place.host(), ours && self.is_authorised())?;
         Ok(response.into_body().into_reader())
     }
