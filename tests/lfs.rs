@@ -124,7 +124,7 @@ fn send(answer: &Answer, out: &mut dyn Write) -> std::io::Result<()> {
         Answer::Endless => {
             write!(out, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")?;
             loop {
-                out.write_all(&[b' '; 65536])?;
+                out.write_all(&[b' '; 8192])?;
             }
         }
         Answer::Cut => out.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhe"),
@@ -210,7 +210,7 @@ async fn lfs_files_are_in_their_places_and_git_finds_the_project_clean() {
         &[("plain.txt", "plain"), ("not.bin.txt", &pointer(b"not of the attributes")), ("small.bin", "no pointer")],
         &[
             ("a.bin", b"large a"),
-            ("dir/deep/b.bin", &[7; 300_000]),
+            ("dir/deep/b.bin", &vec![7; 300_000]),
             ("same.bin", b"large a"),
             ("run.bin", b"#!/bin/sh\n"),
         ],
@@ -221,7 +221,7 @@ async fn lfs_files_are_in_their_places_and_git_finds_the_project_clean() {
     let project = stage.world.project("p");
     assert_eq!(read(&project, "a.bin"), "large a");
     assert_eq!(read(&project, "same.bin"), "large a");
-    assert_eq!(fs::read(project.join("dir/deep/b.bin")).unwrap(), [7; 300_000]);
+    assert_eq!(fs::read(project.join("dir/deep/b.bin")).unwrap(), vec![7; 300_000]);
     assert_eq!(read(&project, "small.bin"), "no pointer");
     assert_eq!(read(&project, "not.bin.txt"), pointer(b"not of the attributes"));
     let mode = |name: &str| project.join(name).metadata().unwrap().permissions().mode() & 0o777;

@@ -233,7 +233,9 @@ async fn submodules_are_their_owners_like_everything_else() {
         let stat = path.symlink_metadata().unwrap();
         all.insert((stat.uid(), stat.gid()));
         if stat.is_dir() {
-            fs::read_dir(path).unwrap().for_each(|entry| owners(&entry.unwrap().path(), all));
+            for entry in fs::read_dir(path).unwrap() {
+                owners(&entry.unwrap().path(), all);
+            }
         }
     }
     assert!(rustix::process::getuid().is_root(), "this test changes users: run it as root (scripts/test does)");

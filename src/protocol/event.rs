@@ -183,6 +183,7 @@ pub struct Origin {
 }
 
 /// How a task ended.
+#[expect(clippy::large_enum_variant, reason = "there is one for a task, and it is moved a few times")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// Done.

@@ -339,7 +339,7 @@ impl Shared {
         let request = Request::read(stream)?;
         let is_pack = request.body.windows(13).any(|window| window == b"command=fetch");
         let handler = self.state.lock().unwrap().handler.clone();
-        let handled = handler.is_some_and(|handler| handler(&request, stream));
+        let answered = handler.is_some_and(|handler| handler(&request, stream));
         let behaviour = {
             let mut state = self.state.lock().unwrap();
             let authorization = request.header("authorization").map(str::to_owned);
@@ -353,7 +353,7 @@ impl Shared {
                 state.behaviour.clone()
             }
         };
-        if handled {
+        if answered {
             return Ok(());
         }
         match behaviour {

@@ -314,7 +314,7 @@ fn regular(root: &Dir, path: &[u8]) -> Result<Option<(File, u64)>, Failure> {
         }
     };
     let length = file.metadata().map_err(Failure::from)?;
-    Ok(length.is_file().then(|| (file, length.len())))
+    Ok(length.is_file().then_some((file, length.len())))
 }
 
 /// The directory and the name of a path.

@@ -121,7 +121,7 @@ impl Link {
             .header(header::CONTENT_TYPE, JSON);
         let request = self.authorise(request)?.body(question).map_err(|_| unfit())?;
         let response = self.agent(&self.upstream)?.run(request).map_err(|error| self.broken(self.host(), &error))?;
-        let response = self.judge(response, self.host(), self.is_authorised())?;
+        let response = Self::judge(response, self.host(), self.is_authorised())?;
         let mut text = Vec::new();
         let read = response.into_body().into_reader().take(longest + 1).read_to_end(&mut text);
         read.map_err(|error| {
@@ -154,7 +154,7 @@ impl Link {
         }
         let request = request.body(()).map_err(|_| unfit())?;
         let response = self.agent(&place)?.run(request).map_err(|error| self.broken(place.host(), &error))?;
-        let response = self.judge(response, place.host(), ours && self.is_authorised())?;
+        let response = Self::judge(response, place.host(), ours && self.is_authorised())?;
         Ok(response.into_body().into_reader())
     }
 
@@ -166,7 +166,7 @@ impl Link {
         Ok(request.header(header::AUTHORIZATION, value))
     }
 
-    fn judge(&self, response: Response<Body>, host: &str, authorised: bool) -> Result<Response<Body>, Failure> {
+    fn judge(response: Response<Body>, host: &str, authorised: bool) -> Result<Response<Body>, Failure> {
         let wish = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
         let wish = wish.and_then(|value| status::retry_after(value, Timestamp::now()));
         let redirected = response.headers().contains_key(header::LOCATION);
