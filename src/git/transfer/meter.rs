@@ -125,7 +125,8 @@ impl Meter {
 
     fn signs(&self) -> Signs {
         let steps = [RESOLVED_OBJECTS, INDEX_BYTES, MOVED].map(|id| self.sum(id).0).into_iter().sum();
-        let received = self.sum(RECEIVED).0 + self.pack_bytes();
+        // A transport may count only one of them.
+        let received = self.sum(RECEIVED).0.max(self.pack_bytes());
         Signs { steps, received, phase: self.phase() }
     }
 
