@@ -540,9 +540,10 @@ async fn a_host_has_no_more_transfers_at_a_time_than_its_limit() {
         eventually(|| waits(&node) && server.counts().packs == 1).await;
         server.behave(Behaviour::Serve);
     };
-    // Two mirrors of one host: one for each address.
-    let (one, another) = (server.url("app.git"), server.url("./app.git").replace("/./", "//"));
-    let (first, second, ()) = tokio::join!(node.fetch(&one), node.fetch(&another), release);
+    // Two mirrors of one host: one for each credential.
+    node.credential("team.token", CANARY);
+    let url = server.url("app.git");
+    let (first, second, ()) = tokio::join!(node.fetch(&url), node.fetch_as(&url, Some("team"), &Want::All), release);
     assert_ne!(first.unwrap().path, second.unwrap().path);
     assert_eq!(server.counts().packs, 2);
 }

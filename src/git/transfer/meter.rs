@@ -251,7 +251,7 @@ mod tests {
             root.set_name(format!("remote: still there {said}"));
         }
         assert!(!meter.signs().moved_since(&before));
-        received.fetch_add(400, Ordering::Relaxed);
+        received.fetch_add(500, Ordering::Relaxed);
         assert!(meter.signs().moved_since(&before));
         let before = meter.signs();
         root.add_child_with_id("writing", INDEX_BYTES).inc_by(1);
