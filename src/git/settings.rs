@@ -9,6 +9,11 @@ use serde::Deserialize;
 
 pub use host::{HostSettings, Proxy};
 
+use super::{child::Sandbox, owner::Owners};
+use crate::protocol::Owner;
+
+/// The least memory that a child may be given: below, even an empty project cannot be cloned.
+const LEAST_MEMORY: ByteSize = ByteSize::mib(64);
 /// The longest pause that may be set for a host that is down.
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
@@ -67,6 +72,14 @@ pub struct GitSettings {
     pub max_files: u64,
     /// The most bytes that a project's files may have.
     pub max_bytes: ByteSize,
+    /// Whether children shut themselves in: always, where the kernel can, or never.
+    pub sandbox: Sandbox,
+    /// The most memory of its own that one child may take.
+    pub child_memory: ByteSize,
+    /// Whose projects are, and as whom children work in them, where a task names nobody; not set: the agent's own user.
+    pub run_as: Option<Owner>,
+    /// Whom tasks may name as the owner of a project.
+    pub owners: Vec<Owners>,
 }
 
 impl Default for GitSettings {
@@ -93,6 +106,10 @@ impl Default for GitSettings {
             keep_mirrors: false,
             max_files: 1_000_000,
             max_bytes: ByteSize::gib(20),
+            sandbox: Sandbox::Require,
+            child_memory: ByteSize::gib(2),
+            run_as: None,
+            owners: Vec::new(),
         }
     }
 }
@@ -117,6 +134,9 @@ impl GitSettings {
         }
         if self.breaker_pause.is_zero() || self.breaker_pause > LONGEST_PAUSE {
             return Err("git.breaker_pause must be longer than nothing and at most 1h".to_owned());
+        }
+        if self.child_memory < LEAST_MEMORY {
+            return Err(format!("git.child_memory is less than {LEAST_MEMORY}, which no child can work with"));
         }
         host::check(&self.host, self.hosts.is_empty())
     }

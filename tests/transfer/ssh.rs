@@ -242,6 +242,8 @@ async fn neither_the_environment_nor_a_users_settings_lead_ssh_astray() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
+    // The agent makes it before it starts the child.
+    fs::create_dir(node.storage.path().join("x.git")).unwrap();
     let credential = node.storage.path().join("credentials/user.key").canonicalize().unwrap();
     let request = serde_json::json!({
         "url": sshd.url(upstream.path().to_str().unwrap()), "mirror": node.storage.path().join("x.git"), "want": "all",
