@@ -4,6 +4,7 @@
 
 pub mod child;
 pub mod credential;
+mod hosts;
 pub mod mirror;
 pub(crate) mod module;
 pub mod owner;

@@ -161,7 +161,8 @@ impl Stage {
 
     async fn with(change: impl FnOnce(&mut GitSettings)) -> Self {
         let credentials = tempfile::tempdir().unwrap();
-        let token = credentials.path().join("team.token");
+        let token = credentials.path().join("localhost/team.token");
+        fs::create_dir(token.parent().unwrap()).unwrap();
         fs::write(&token, "canary").unwrap();
         fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
         let mut settings = GitSettings {

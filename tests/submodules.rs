@@ -306,7 +306,8 @@ async fn too_many_submodules_and_too_many_files_in_them_are_a_matter_of_quota() 
 #[tokio::test]
 async fn a_credential_goes_to_submodules_of_its_own_host_and_to_no_other() {
     let credentials = tempfile::tempdir().unwrap();
-    let token = credentials.path().join("team.token");
+    let token = credentials.path().join("localhost/team.token");
+    fs::create_dir(token.parent().unwrap()).unwrap();
     fs::write(&token, "canary").unwrap();
     fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
     let world = World::with(GitSettings {

@@ -213,7 +213,7 @@ async fn copied(
             changed = told.changed() => match changed {
                 Ok(()) => {
                     let bytes = *told.borrow_and_update();
-                    (run.progress)(Progress { phase: "checkout".to_owned(), done: 0, total: None, bytes });
+                    (run.progress)(Progress { phase: "checkout".to_owned(), bytes, ..Progress::default() });
                 }
                 Err(_) => return copy.await,
             },

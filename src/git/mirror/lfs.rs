@@ -8,13 +8,7 @@ use std::{fs::DirBuilder, io::ErrorKind, os::unix::fs::DirBuilderExt, path::Path
 use super::{Fetched, Mirrors};
 use crate::{
     failure::Failure,
-    git::{
-        Run,
-        child::{self, Role},
-        credential::CredentialFile,
-        pointer::Pointer,
-        transfer,
-    },
+    git::{Run, child::Role, credential::CredentialFile, pointer::Pointer, transfer},
     protocol::{CredentialName, GitUrl},
 };
 
@@ -36,9 +30,7 @@ impl Mirrors {
     ) -> Result<u64, Failure> {
         self.allow(url)?;
         let directory = self.settings.credentials_path.as_deref();
-        let credential = credential.map(|name| CredentialFile::find(directory, name, url.scheme())).transpose()?;
-        let flight = self.flight(fetched.key());
-        let _turn = child::within(run, None, flight.lock()).await?;
+        let credential = credential.map(|name| CredentialFile::find(directory, name, url)).transpose()?;
         // The child can write nothing beside it.
         match DirBuilder::new().mode(0o700).create(fetched.lfs()) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error.into()),
@@ -51,9 +43,12 @@ impl Mirrors {
             credential,
             policy: self.policy.clone(),
             ca_file: self.settings.ca_file.clone(),
+            hosts: self.settings.host.clone(),
         };
+        let pass = self.hosts.enter(url, run).await?;
+        // A failure may be that of another host, to which a link led: it says nothing of this one.
         let answer: transfer::LfsAnswer = self.children.run(Role::Transfer, &request, Vec::new(), run).await?;
-        Ok(answer.received_bytes)
+        pass.settle(Ok(answer)).map(|answer| answer.received_bytes)
     }
 }
 

@@ -9,7 +9,7 @@ mod batch;
 mod link;
 mod store;
 
-use std::{path::PathBuf, sync::atomic::Ordering};
+use std::{collections::BTreeMap, path::PathBuf, sync::atomic::Ordering};
 
 use gix::progress::{Count, NestedProgress, Progress as _, StepShared};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,7 @@ use crate::{
         credential::CredentialFile,
         pointer::Pointer,
         policy::Policy,
+        settings::HostSettings,
     },
     protocol::GitUrl,
 };
@@ -45,13 +46,16 @@ pub(in crate::git) struct LfsRequest {
     pub(in crate::git) policy: Policy,
     /// Trusted certificate authorities, instead of the system's.
     pub(in crate::git) ca_file: Option<PathBuf>,
+    /// What is set for some hosts only: a link may lead to any of them.
+    pub(in crate::git) hosts: BTreeMap<String, HostSettings>,
 }
 
 impl Confined for LfsRequest {
     fn access(&self) -> Access {
         let credential = self.credential.as_ref().map(|file| file.path.clone());
+        let authorities = self.hosts.values().filter_map(|host| host.ca_file.clone());
         Access {
-            reads: credential.into_iter().chain(self.ca_file.clone()).collect(),
+            reads: credential.into_iter().chain(self.ca_file.clone()).chain(authorities).collect(),
             writes: vec![self.store.clone()],
             network: true,
             ..Access::default()
@@ -93,7 +97,7 @@ pub(super) fn fetch(request: &LfsRequest, reporter: &Reporter) -> Result<LfsAnsw
 }
 
 fn run(request: &LfsRequest, url: &GitUrl, moved: &Moved) -> Result<LfsAnswer, Failure> {
-    let store = Store::open(&request.store)?;
+    let store = Store::open(&request.store, &moved.steps)?;
     let link = Link::new(request, url)?;
     let mut answer = LfsAnswer { received: 0, received_bytes: 0 };
     for wanted in request.objects.chunks(BATCH) {

@@ -190,7 +190,13 @@ pub(super) fn run_smudge(directory: &Dir, order: &Smudge, reporter: &Reporter) -
         let seen = Metadata::from_path_no_follow(&path).map_err(fault)?;
         index.entries_mut()[at].stat = Stat::from_fs(&seen).map_err(|error| Failure::internal(error.to_string()))?;
         bytes += file.pointer.size();
-        reporter.progress(Progress { phase: "checkout".to_owned(), done, total: Some(total), bytes });
+        reporter.progress(Progress {
+            phase: "checkout".to_owned(),
+            done,
+            total: Some(total),
+            bytes,
+            ..Progress::default()
+        });
     }
     index.write(gix::index::write::Options::default()).map_err(|error| write_fault(&tree.path, &error.to_string()))
 }

@@ -1,30 +1,34 @@
 //! The connections of an LFS transfer: to the upstream with the task's credential, and to wherever its links lead
 //! without it.
 
-use std::{cell::RefCell, collections::HashMap, io::Read, path::PathBuf, sync::Arc};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    io::Read,
+    path::PathBuf,
+};
 
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use ureq::{
     Agent, Body,
     http::{HeaderName, HeaderValue, Request as HttpRequest, Response, header},
-    tls::{TlsConfig, TlsProvider},
-    unversioned::transport::DefaultConnector,
 };
 use url::Url;
 
 use super::{
-    super::{
-        address::{self, Checked},
-        http, status,
-        verdict::Verdict,
-    },
+    super::{address, http, status},
     LfsRequest,
     batch::Action,
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{credential::Login, module::same_host, policy::Policy},
+    git::{
+        credential::Login,
+        module::same_host,
+        policy::Policy,
+        settings::{HostSettings, of_tables},
+    },
     protocol::{GitUrl, Scheme},
 };
 
@@ -55,7 +59,7 @@ pub(super) struct Link {
     authorization: Option<SecretString>,
     policy: Policy,
     ca_file: Option<PathBuf>,
-    verdict: Verdict,
+    hosts: BTreeMap<String, HostSettings>,
 }
 
 impl Link {
@@ -65,41 +69,30 @@ impl Link {
             return Err(Failure::invalid("LFS objects are fetched over https only"));
         }
         let login = request.credential.as_ref().map(|file| file.login(url.host())).transpose()?;
-        if url.scheme() == Scheme::Http && login.is_some() {
-            http::require_loopback(url, &request.policy)?;
-        }
         Ok(Self {
             agents: RefCell::default(),
             upstream: url.clone(),
             authorization: login.as_ref().map(Login::basic),
             policy: request.policy.clone(),
             ca_file: request.ca_file.clone(),
-            verdict: Verdict::default(),
+            hosts: request.hosts.clone(),
         })
     }
 
-    /// The client for one scheme, host and port: no redirects, no proxy, checked addresses.
+    /// The client for one scheme, host and port: no redirects, checked addresses, the proxy and the authorities that are
+    /// set for the host.
     fn agent(&self, place: &GitUrl) -> Result<Agent, Failure> {
         let name = format!("{:?} {} {}", place.scheme(), place.host(), place.port());
         if let Some(agent) = self.agents.borrow().get(&name) {
             return Ok(agent.clone());
         }
-        let mut tls = TlsConfig::builder()
-            .provider(TlsProvider::Rustls)
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
-        if place.scheme() == Scheme::Https {
-            tls = tls.root_certs(http::authorities(self.ca_file.as_deref())?);
+        let set = of_tables(&self.hosts, place.host());
+        let ca_file = set.ca_file.or_else(|| self.ca_file.clone());
+        let (agent, stays_here) =
+            http::agent(place, &self.policy, set.proxy.as_ref(), ca_file.as_deref(), &address::system)?;
+        if self.is_authorised() && !stays_here && same_host(place, &self.upstream) {
+            http::require_encryption(place)?;
         }
-        let config = Agent::config_builder()
-            .tls_config(tls.build())
-            .proxy(None)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .timeout_connect(Some(address::CONNECT))
-            .build();
-        let resolver = Checked { policy: self.policy.clone(), verdict: self.verdict.clone() };
-        let agent = Agent::with_parts(config, DefaultConnector::default(), resolver);
         self.agents.borrow_mut().insert(name, agent.clone());
         Ok(agent)
     }
@@ -120,7 +113,7 @@ impl Link {
             .header(header::ACCEPT, JSON)
             .header(header::CONTENT_TYPE, JSON);
         let request = self.authorise(request)?.body(question).map_err(|_| unfit())?;
-        let response = self.agent(&self.upstream)?.run(request).map_err(|error| self.broken(self.host(), &error))?;
+        let response = self.agent(&self.upstream)?.run(request).map_err(|error| Self::broken(self.host(), &error))?;
         let response = Self::judge(response, self.host(), self.is_authorised())?;
         let mut text = Vec::new();
         let read = response.into_body().into_reader().take(longest + 1).read_to_end(&mut text);
@@ -153,7 +146,7 @@ impl Link {
             request = self.authorise(request)?;
         }
         let request = request.body(()).map_err(|_| unfit())?;
-        let response = self.agent(&place)?.run(request).map_err(|error| self.broken(place.host(), &error))?;
+        let response = self.agent(&place)?.run(request).map_err(|error| Self::broken(place.host(), &error))?;
         let response = Self::judge(response, place.host(), ours && self.is_authorised())?;
         Ok(response.into_body().into_reader())
     }
@@ -180,10 +173,7 @@ impl Link {
     }
 
     /// What an error of the client stands for. Links hold secrets, so a text with one in it is not repeated.
-    fn broken(&self, host: &str, error: &ureq::Error) -> Failure {
-        if let Some(failure) = self.verdict.take() {
-            return failure;
-        }
+    fn broken(host: &str, error: &ureq::Error) -> Failure {
         let text = error.to_string();
         let text = if text.contains('/') { "it cannot be asked" } else { &text };
         Failure::new(ErrorClass::Network, format!("{host}: the connection failed: {text}"))

@@ -1,14 +1,19 @@
 //! The LFS objects that are here, in the order of directories that git-lfs uses.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::atomic::Ordering,
+    time::Duration,
 };
 
 use gix::progress::StepShared;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -16,6 +21,8 @@ use crate::{
     git::pointer::Pointer,
 };
 
+/// How often is tried to become the one who writes.
+const POLL: Duration = Duration::from_millis(50);
 /// How much is read at once.
 const CHUNK: usize = 64 << 10;
 
@@ -23,12 +30,25 @@ const CHUNK: usize = 64 << 10;
 pub(super) struct Store {
     objects: PathBuf,
     incoming: PathBuf,
+    /// Held for as long as something may be written.
+    _lock: File,
 }
 
 impl Store {
-    /// Opens the store and removes what a killed transfer left.
-    pub(super) fn open(path: &Path) -> Result<Self, Failure> {
-        let store = Self { objects: path.join("objects"), incoming: path.join("incoming") };
+    /// Opens the store, once nobody else writes to it, and removes what a killed transfer left. Each try is a step.
+    pub(super) fn open(path: &Path, steps: &StepShared) -> Result<Self, Failure> {
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path.join("lock"))?;
+        loop {
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK | Errno::INTR) => {
+                    steps.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(POLL);
+                }
+                Err(error) => return Err(std::io::Error::from(error).into()),
+            }
+        }
+        let store = Self { objects: path.join("objects"), incoming: path.join("incoming"), _lock: lock };
         match fs::remove_file(&store.incoming) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
@@ -119,7 +139,7 @@ mod tests {
     #[test]
     fn only_what_the_pointer_says_is_taken() {
         let place = tempfile::tempdir().unwrap();
-        let store = Store::open(place.path()).unwrap();
+        let store = Store::open(place.path(), &StepShared::default()).unwrap();
         let pointer = Pointer::try_from((HELLO.to_owned(), 5)).unwrap();
         let moved = StepShared::default();
         for bad in ["", "hell", "hellO", "hello!"] {
