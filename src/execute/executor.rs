@@ -41,7 +41,7 @@ impl GitExecutor {
     ) -> Result<Self, Failure> {
         let reserve = Reserve::new(reserve, storage, projects);
         let children = Children::new(program, settings.kill_grace)?;
-        let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
+        let mirrors = Mirrors::open(storage, settings, children.clone()).await?.keeping_free(reserve.bytes());
         let path = projects.to_owned();
         let projects = blocking(move || Projects::open(&path)).await?;
         let bound = projects.mirrored();

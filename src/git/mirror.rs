@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Run,
-    child::{self, Children, Role},
+    child::{self, Children},
     credential::CredentialFile,
     policy::Policy,
     settings::GitSettings,
@@ -104,6 +104,8 @@ pub struct Mirrors {
     settings: GitSettings,
     policy: Policy,
     children: Children,
+    /// How many bytes of the disk are to stay free.
+    reserve: u64,
     /// One transfer at a time into each mirror.
     flights: Mutex<HashMap<String, Weak<Flight>>>,
 }
@@ -126,8 +128,16 @@ impl Mirrors {
             settings: settings.clone(),
             policy: Policy::from(settings),
             children,
+            reserve: 0,
             flights: Mutex::default(),
         })
+    }
+
+    /// The same, and no transfer goes on where fewer bytes than `reserve` are free.
+    #[must_use]
+    pub fn keeping_free(mut self, reserve: u64) -> Self {
+        self.reserve = reserve;
+        self
     }
 
     /// What can be said about an address without asking anybody: scheme, host patterns, literal addresses.
@@ -173,8 +183,10 @@ impl Mirrors {
             ca_file: self.settings.ca_file.clone(),
             known_hosts: self.settings.known_hosts.clone(),
             max_bytes: self.settings.max_bytes.as_u64(),
+            reserve: self.reserve,
+            engine: self.settings.transport,
         };
-        let answer: Result<transfer::Answer, _> = self.children.run(Role::Transfer, &request, Vec::new(), run).await;
+        let answer = transfer::run(&self.children, request, self.settings.transport_fallback, run).await;
         if answer.is_err() && !path.exists() {
             // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused
             // addresses leave no thousand files.

@@ -6,6 +6,7 @@
 mod address;
 mod bare;
 mod budget;
+mod command;
 mod gitoxide;
 mod http;
 mod meter;
@@ -26,16 +27,19 @@ use serde::{Deserialize, Serialize};
 use self::{
     bare::Bare,
     budget::Budget,
+    command::GitCommand,
     gitoxide::{Bounds, Gitoxide},
     meter::Meter,
     process::Program,
     verdict::Verdict,
 };
 use super::{
-    child::{Reporter, serve},
+    Run,
+    child::{Children, Reporter, Role, serve},
     credential::CredentialFile,
     mirror::{Listing, Source, Want},
     policy::Policy,
+    settings::Engine,
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -64,6 +68,12 @@ pub(super) struct Request {
     pub(super) known_hosts: Option<PathBuf>,
     /// The most bytes it may receive.
     pub(super) max_bytes: u64,
+    /// How many bytes of the disk are to stay free.
+    #[serde(default)]
+    pub(super) reserve: u64,
+    /// What speaks with the upstream.
+    #[serde(default)]
+    pub(super) engine: Engine,
 }
 
 /// What a transfer child answers.
@@ -95,6 +105,39 @@ trait Transport {
     fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure>;
 }
 
+/// Has a child do `request`. With `fallback`, what the first engine could not do for a reason of its own is tried again
+/// with the `git` command, in the same attempt.
+///
+/// # Errors
+/// A failure that carries its decision: the second one's, unless it did no better.
+pub(super) async fn run(
+    children: &Children,
+    mut request: Request,
+    fallback: bool,
+    run: &Run<'_>,
+) -> Result<Answer, Failure> {
+    let first = children.run(Role::Transfer, &request, Vec::new(), run).await;
+    let own = |failure: &Failure| {
+        matches!(failure.class, ErrorClass::Corrupt | ErrorClass::Internal) && !failure.deferred
+    };
+    let failure = match first {
+        Err(failure) if fallback && request.engine == Engine::Gix && own(&failure) && !run.cancel.is_cancelled() => {
+            failure
+        }
+        other => return other,
+    };
+    tracing::warn!(error = %failure, "a transfer failed in a way that may be ours; the git command tries it again");
+    request.engine = Engine::Git;
+    match children.run(Role::Transfer, &request, Vec::new(), run).await {
+        Err(second) if run.cancel.is_cancelled() => Err(second),
+        Err(second) if own(&second) => {
+            let message = format!("{}; the git command did no better: {}", failure.message, second.message);
+            Err(Failure { message, ..failure })
+        }
+        other => other,
+    }
+}
+
 /// `haul child transfer`.
 pub(super) fn main() -> ExitCode {
     serve(|request: Request, reporter| transfer(&request, reporter))
@@ -112,6 +155,9 @@ fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {
 
 /// The transport that fits `url`.
 fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<dyn Transport + 'a>, Failure> {
+    if request.engine == Engine::Git {
+        return Ok(Box::new(GitCommand::new(request, url, meter)?));
+    }
     let verdict = Verdict::default();
     let budget = Budget::new(verdict.clone(), meter.moved());
     let bounds = Bounds { verdict: verdict.clone(), budget: budget.clone(), max_bytes: request.max_bytes };

@@ -30,7 +30,7 @@ use crate::{
 /// The most refs taken from an upstream.
 const MOST_REFS: usize = 100_000;
 /// The most bytes that a listing may have.
-const LONGEST_LISTING: u64 = 64 << 20;
+pub(super) const LONGEST_LISTING: u64 = 64 << 20;
 
 /// What bounds a conversation.
 pub(super) struct Bounds {
@@ -256,7 +256,7 @@ impl Negotiate for Negotiation<'_> {
 }
 
 /// What the upstream's refs are, less what is no branch or tag or has a name that git itself would refuse.
-fn listing(refs: Vec<Ref>) -> Result<Listing, Failure> {
+pub(super) fn listing(refs: Vec<Ref>) -> Result<Listing, Failure> {
     let mut listing = Listing::default();
     for reference in refs {
         let (name, target, oid, peeled) = match reference {

@@ -14,11 +14,11 @@ use gix::progress::{Count, Id, MessageLevel, NestedProgress, Step, StepShared, U
 use crate::{git::child::Reporter, protocol::Progress};
 
 /// The engine's name for the counter of bytes of the pack.
-const PACK_BYTES: Id = *b"BWRB";
+pub(super) const PACK_BYTES: Id = *b"BWRB";
 /// Its name for that of objects received.
-const INDEXED_OBJECTS: Id = *b"IWIO";
+pub(super) const INDEXED_OBJECTS: Id = *b"IWIO";
 /// Its name for that of objects whose deltas were resolved.
-const RESOLVED_OBJECTS: Id = *b"IWRO";
+pub(super) const RESOLVED_OBJECTS: Id = *b"IWRO";
 
 /// All counters of one transfer; clones count together.
 #[derive(Clone, Default)]

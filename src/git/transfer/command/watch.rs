@@ -1,0 +1,94 @@
+//! Bounds on what git writes while it writes: how much, and how much of the disk stays free.
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    fs,
+    path::Path,
+    process::Child,
+    sync::atomic::Ordering,
+    time::Duration,
+};
+
+use gix::progress::StepShared;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
+
+use super::said::Listening;
+use crate::{
+    failure::{ErrorClass, Failure},
+    git::room,
+};
+
+/// How often is looked.
+const TICK: Duration = Duration::from_millis(50);
+/// How long git may take to end when it was asked to.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// What is watched.
+pub(super) struct Watch<'a> {
+    /// Where packs arrive.
+    pub(super) packs: &'a Path,
+    /// What was there before.
+    pub(super) before: &'a BTreeSet<OsString>,
+    /// The most bytes of one pack.
+    pub(super) most: u64,
+    /// How many bytes of the disk are to stay free.
+    pub(super) reserve: u64,
+    /// Where the bytes that have arrived are counted.
+    pub(super) seen: &'a StepShared,
+}
+
+impl Watch<'_> {
+    /// Looks until git and all that it started have fallen silent; ends it and says why where a bound is passed.
+    pub(super) fn until_silent(&self, child: &Child, listening: &Listening) -> Option<Failure> {
+        while !listening.over_within(TICK) {
+            if let Err(failure) = self.look() {
+                // It lets go of its helpers and its temporary files; what is left of them sees its pipes close.
+                signal(child, Signal::TERM);
+                if !listening.over_within(GRACE) {
+                    signal(child, Signal::KILL);
+                }
+                return Some(failure);
+            }
+        }
+        None
+    }
+
+    fn look(&self) -> Result<(), Failure> {
+        let mut bytes = 0;
+        for entry in fs::read_dir(self.packs)?.flatten() {
+            let name = entry.file_name();
+            if name.as_encoded_bytes().starts_with(b"tmp_pack_") && !self.before.contains(&name) {
+                // Renamed in between, perhaps.
+                bytes += entry.metadata().map_or(0, |metadata| metadata.len());
+            }
+        }
+        self.seen.fetch_max(usize::try_from(bytes).unwrap_or(usize::MAX), Ordering::Relaxed);
+        if bytes > self.most {
+            let message = "the upstream sends more than this node takes (git.max_bytes for a pack)";
+            return Err(Failure::new(ErrorClass::Quota, message));
+        }
+        room(self.packs, "mirrors", 0, self.reserve)
+    }
+}
+
+/// No file that `child` and what it starts write may grow beyond `most`, however fast it does.
+pub(super) fn limit_files(child: &Child, most: u64) {
+    let now = getrlimit(Resource::Fsize);
+    let most = now.maximum.map_or(most, |maximum| maximum.min(most));
+    if let Some(pid) = pid(child) {
+        // It reads its settings and asks the upstream first: this comes early enough.
+        let _ = prlimit(Some(pid), Resource::Fsize, Rlimit { current: Some(most), maximum: Some(most) });
+    }
+}
+
+fn signal(child: &Child, signal: Signal) {
+    if let Some(pid) = pid(child) {
+        // Not yet waited for: the number is still its own.
+        let _ = kill_process(pid, signal);
+    }
+}
+
+fn pid(child: &Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
+}
