@@ -159,7 +159,10 @@ fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<
         return Ok(Box::new(GitCommand::new(request, url, meter)?));
     }
     let verdict = Verdict::default();
-    let budget = Budget::new(verdict.clone(), meter.moved());
+    let mut budget = Budget::new(verdict.clone(), meter.moved());
+    if let Some(place) = request.mirror.parent() {
+        budget = budget.keeping_free(place, request.reserve);
+    }
     let bounds = Bounds { verdict: verdict.clone(), budget: budget.clone(), max_bytes: request.max_bytes };
     let program = match url.scheme() {
         Scheme::Https | Scheme::Http => {

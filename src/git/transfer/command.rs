@@ -107,12 +107,11 @@ impl<'a> GitCommand<'a> {
         let watch = Watch { packs: &packs, before: &before, most: self.max_bytes, reserve: self.reserve, seen: &bytes };
         let breach = watch.until_silent(&child, &listening);
         let (status, heard) = program::end(child, listening)?;
-        if let Some(failure) = breach.or_else(|| (!status.success()).then(|| self.judge(&heard, "receive"))) {
-            // Room is given back at once, not only when the mirror is opened next.
-            for name in names(&packs)?.difference(&before).filter(|name| is_leftover(name)) {
-                let _ = fs::remove_file(packs.join(name));
-            }
-            return Err(failure);
+        if breach.is_some() || !status.success() {
+            // The kernel stopped what would have grown too large, and git does not say so.
+            let too_large = sweep(&packs, &before)? >= self.max_bytes;
+            let judge = || if too_large { watch::too_large() } else { self.judge(&heard, "receive a pack from") };
+            return Err(breach.unwrap_or_else(judge));
         }
         let new: Vec<OsString> = names(&packs)?.difference(&before).cloned().collect();
         let received = Received { objects: heard.objects, bytes: heard.bytes.map_or_else(|| sizes(&packs, &new), Ok)? };
@@ -205,10 +204,19 @@ fn names(directory: &Path) -> Result<BTreeSet<OsString>, Failure> {
     Ok(fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.file_name())).collect::<Result<_, _>>()?)
 }
 
-/// Whether a file of the packs' directory is one that nobody finishes any more.
-fn is_leftover(name: &OsString) -> bool {
-    let name = name.as_encoded_bytes();
-    name.starts_with(b"tmp_") || name.ends_with(b".keep")
+/// Removes what a git that failed left beside what was there before: room is given back at once, not only when the
+/// mirror is opened next. Returns the size of the largest.
+fn sweep(packs: &Path, before: &BTreeSet<OsString>) -> Result<u64, Failure> {
+    let mut largest = 0;
+    for name in names(packs)?.difference(before) {
+        let bytes = name.as_encoded_bytes();
+        if bytes.starts_with(b"tmp_") || bytes.ends_with(b".keep") {
+            let path = packs.join(name);
+            largest = largest.max(path.symlink_metadata().map_or(0, |metadata| metadata.len()));
+            let _ = fs::remove_file(path);
+        }
+    }
+    Ok(largest)
 }
 
 /// How large the packs among `files` are.

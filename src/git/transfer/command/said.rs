@@ -143,10 +143,6 @@ pub(super) fn judge(host: &str, authorised: bool, doing: &str, words: &str) -> F
         printable(&lines.join("; "))
     };
     let failure = |class, what: &str| Failure::new(class, format!("{host}: {what}: {}", told()));
-    if has(&["died of signal 25", "File too large"]) {
-        let message = "the upstream sends more than this node takes (git.max_bytes for a pack)";
-        return Failure::new(ErrorClass::Quota, message);
-    }
     if has(&["No space left on device", "Disk quota exceeded", "Read-only file system", "Input/output error"]) {
         return Failure::new(ErrorClass::Disk, format!("git could not write what it received: {}", told()));
     }
@@ -241,7 +237,6 @@ mod tests {
             ("fatal: unable to access 'u': Could not resolve host: h".to_owned(), ErrorClass::Network),
             ("fatal: unable to access 'u': SSL certificate problem".to_owned(), ErrorClass::Network),
             ("fatal: write error: No space left on device".to_owned(), ErrorClass::Disk),
-            ("error: index-pack died of signal 25".to_owned(), ErrorClass::Quota),
             ("fatal: early EOF\nfatal: fetch-pack: invalid index-pack output".to_owned(), ErrorClass::Network),
             ("fatal: pack is corrupted (SHA1 mismatch)".to_owned(), ErrorClass::Corrupt),
             ("fatal: remote error: upload-pack: not our ref 1; corrupt".to_owned(), ErrorClass::Network),

@@ -65,11 +65,15 @@ impl Watch<'_> {
         }
         self.seen.fetch_max(usize::try_from(bytes).unwrap_or(usize::MAX), Ordering::Relaxed);
         if bytes > self.most {
-            let message = "the upstream sends more than this node takes (git.max_bytes for a pack)";
-            return Err(Failure::new(ErrorClass::Quota, message));
+            return Err(too_large());
         }
         room(self.packs, "mirrors", 0, self.reserve)
     }
+}
+
+/// The failure for a pack beyond the bound.
+pub(super) fn too_large() -> Failure {
+    Failure::new(ErrorClass::Quota, "the upstream sends more than this node takes (git.max_bytes for a pack)")
 }
 
 /// No file that `child` and what it starts write may grow beyond `most`, however fast it does.
