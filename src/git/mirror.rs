@@ -24,6 +24,7 @@ use super::{
     child::{self, Children},
     credential::CredentialFile,
     policy::Policy,
+    room::blamed,
     settings::GitSettings,
     transfer,
 };
@@ -231,13 +232,15 @@ pub(super) fn key(url: &str, credential: Option<&str>) -> String {
 
 /// Takes the shared lock at `path`, which waits only for the upkeep of the mirror.
 async fn lock_shared(path: PathBuf, run: &Run<'_>) -> Result<File, Failure> {
-    let file = tokio::task::spawn_blocking(move || {
+    let place = path.parent().map(Path::to_owned).unwrap_or_default();
+    let opened = tokio::task::spawn_blocking(move || -> std::io::Result<File> {
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
         // Tells when the mirror was last used.
         file.set_modified(SystemTime::now()).map(|()| file)
     })
     .await
-    .map_err(|error| Failure::internal(error.to_string()))??;
+    .map_err(|error| Failure::internal(error.to_string()))?;
+    let file = opened.map_err(|error| blamed(error.into(), &[&place]))?;
     let taken = async {
         loop {
             match flock(&file, FlockOperation::NonBlockingLockShared) {

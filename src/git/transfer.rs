@@ -39,6 +39,7 @@ use super::{
     credential::CredentialFile,
     mirror::{Listing, Source, Want},
     policy::Policy,
+    room::blamed,
     settings::Engine,
 };
 use crate::{
@@ -147,10 +148,12 @@ fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {
     let url = GitUrl::parse(&request.url)?;
     request.policy.allow(&url)?;
     let meter = Meter::default();
-    meter.reporting(TICK, reporter, || {
+    let transferred = meter.reporting(TICK, reporter, || {
         let mut transport = connect(request, &url, &meter)?;
         mirrored(&request.mirror, &request.want, transport.as_mut())
-    })
+    });
+    let places = [Some(request.mirror.as_path()), request.mirror.parent()];
+    transferred.map_err(|failure| blamed(failure, &places.into_iter().flatten().collect::<Vec<_>>()))
 }
 
 /// The transport that fits `url`.

@@ -13,7 +13,7 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxFlags, fsync, makedev,
+        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxAttributes, StatxFlags, fsync, makedev,
         mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
     },
     io::Errno,
@@ -63,7 +63,7 @@ impl Dir {
     pub(crate) fn ensure(&self, name: &str, mode: u32) -> io::Result<Self> {
         match mkdirat(&self.0, name, Mode::from_raw_mode(mode)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(self.explained(error)),
         }
         let child = self.child(name)?;
         child.set_mode(mode)?;
@@ -72,7 +72,7 @@ impl Dir {
 
     /// Makes a new directory with exactly `mode` and opens it.
     pub(crate) fn make(&self, name: &str, mode: u32) -> io::Result<Self> {
-        mkdirat(&self.0, name, Mode::from_raw_mode(mode))?;
+        mkdirat(&self.0, name, Mode::from_raw_mode(mode)).map_err(|error| self.explained(error))?;
         let child = self.child(name)?;
         child.set_mode(mode)?;
         Ok(child)
@@ -112,7 +112,8 @@ impl Dir {
     /// Opens a file beneath this directory; never blocks on one that is not regular.
     pub(crate) fn open_file(&self, name: impl AsRef<OsStr>, flags: OFlags, mode: u32) -> io::Result<File> {
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        Ok(openat2(&self.0, name.as_ref(), flags, Mode::from_raw_mode(mode), BENEATH)?.into())
+        let opened = openat2(&self.0, name.as_ref(), flags, Mode::from_raw_mode(mode), BENEATH);
+        Ok(opened.map_err(|error| self.explained(error))?.into())
     }
 
     /// Reads a small regular file; `None` where nothing stands under `name`.
@@ -155,13 +156,29 @@ impl Dir {
         match unlinkat(&self.0, name, AtFlags::empty()) {
             Ok(()) => self.sync(),
             Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(error.into()),
+            Err(error) => Err(self.explained(error)),
         }
     }
 
     /// Renames into another directory, where nothing may stand under the new name.
     pub(crate) fn rename_to(&self, name: &str, into: &Self, new: &str) -> io::Result<()> {
-        Ok(renameat_with(&self.0, name, &into.0, new, RenameFlags::NOREPLACE)?)
+        renameat_with(&self.0, name, &into.0, new, RenameFlags::NOREPLACE).map_err(|error| {
+            let fixed = [self.is_fixed(""), self.is_fixed(name), into.is_fixed("")].contains(&true);
+            if error == Errno::PERM && fixed { immutable() } else { error.into() }
+        })
+    }
+
+    /// An error of something done in this directory. Of one that may not change the kernel says the same as where rights
+    /// are missing.
+    fn explained(&self, error: Errno) -> io::Error {
+        if error == Errno::PERM && self.is_fixed("") { immutable() } else { error.into() }
+    }
+
+    /// Whether an administrator forbade every change of this directory or of an entry of it.
+    fn is_fixed(&self, name: &str) -> bool {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW;
+        let fixed = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
+        statx(&self.0, name, flags, StatxFlags::empty()).is_ok_and(|stat| stat.stx_attributes.intersects(fixed))
     }
 
     /// Makes its entries durable.
@@ -190,6 +207,11 @@ impl Dir {
     pub(crate) fn handle(&self) -> io::Result<OwnedFd> {
         Ok(rustix::io::fcntl_dupfd_cloexec(&self.0, 3)?)
     }
+}
+
+/// What a file system that refuses writes says, for a directory that does.
+fn immutable() -> io::Error {
+    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "a directory is immutable (lsattr; chattr -i)")
 }
 
 impl AsFd for Dir {

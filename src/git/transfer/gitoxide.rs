@@ -23,7 +23,7 @@ use gix_transport::{Service, client::blocking_io::Transport as Carrier};
 use super::{Received, Transport, bare::Bare, budget::Budget, meter::Meter, verdict::Verdict};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::mirror::Listing,
+    git::{mirror::Listing, room::refused},
     protocol::printable,
 };
 
@@ -97,7 +97,7 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
         }
         let text = printable(&text);
         let io = error.iter_errors().find_map(|error| error.downcast_ref::<std::io::Error>());
-        if let Some(failure) = io.and_then(of_the_disk) {
+        if let (Stage::Receiving, Some(failure)) = (stage, io.and_then(of_the_disk)) {
             return failure;
         }
         let broken = io.is_some_and(|error| {
@@ -125,10 +125,11 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
     }
 }
 
-/// A failure for an error that the disk gave.
+/// A failure for an error that the disk gave. Where the engine adds a path to it only the kind and the words are left.
 fn of_the_disk(error: &std::io::Error) -> Option<Failure> {
-    let again = std::io::Error::from_raw_os_error(error.raw_os_error()?);
-    Some(Failure::from(again)).filter(|failure| failure.class == ErrorClass::Disk)
+    let text = printable(&error.to_string());
+    let disk = refused(&text) || Failure::from(std::io::Error::from(error.kind())).class == ErrorClass::Disk;
+    disk.then(|| Failure::new(ErrorClass::Disk, format!("the pack cannot be written: {text}")))
 }
 
 impl<C: Carrier> Transport for Gitoxide<'_, C> {
@@ -184,7 +185,13 @@ impl<C: Carrier> Gitoxide<'_, C> {
             let written =
                 pack::Bundle::write_to_directory(reader, Some(&directory), progress, interrupt, bases, hash, options)?;
             objects = u64::from(written.index.num_objects);
-            keep(&written).map_err(Error::from_error)?;
+            keep(&written).map_err(|error| {
+                // What may not be on the disk is not to be found there later.
+                for path in written.index_path.iter().chain(&written.data_path).chain(&written.keep_path) {
+                    let _ = std::fs::remove_file(path);
+                }
+                Error::from_error(error)
+            })?;
             Ok(true)
         };
         protocol::fetch(&mut negotiate, consume, self.meter.hand(), &AtomicBool::new(false), context, options)?;

@@ -16,6 +16,7 @@ use gix::progress::{Count, Progress as _, StepShared};
 use super::super::{meter::Hand, status};
 use crate::{
     failure::{ErrorClass, Failure},
+    git::room::refused,
     protocol::printable,
 };
 
@@ -143,7 +144,7 @@ pub(super) fn judge(host: &str, authorised: bool, doing: &str, words: &str) -> F
         printable(&lines.join("; "))
     };
     let failure = |class, what: &str| Failure::new(class, format!("{host}: {what}: {}", told()));
-    if has(&["No space left on device", "Disk quota exceeded", "Read-only file system", "Input/output error"]) {
+    if refused(words) {
         return Failure::new(ErrorClass::Disk, format!("git could not write what it received: {}", told()));
     }
     let status = if has(&["could not read Username", "could not read Password", "Authentication failed"]) {

@@ -205,9 +205,9 @@ mod tests {
     #[test]
     fn ssh_is_given_the_checked_address_and_our_own_options() {
         let known = GitSettings { known_hosts: Some("/k".into()), ..GitSettings::default() };
-        let text = text(&known, "ssh://git@192.0.2.7:2222/x").unwrap();
+        let text = text(&known, "ssh://git@10.1.2.3:2222/x").unwrap();
         let line = text.lines().find(|line| line.contains("sshCommand")).unwrap();
-        for part in ["'-F' '/dev/null'", "'HostName=192.0.2.7'", "'StrictHostKeyChecking=yes'", "'-p' '2222'"] {
+        for part in ["'-F' '/dev/null'", "'HostName=10.1.2.3'", "'StrictHostKeyChecking=yes'", "'-p' '2222'"] {
             assert!(line.contains(part), "{line}");
         }
         assert!(!line.contains("upload-pack") && !line.contains("'--'"), "{line}");
