@@ -28,15 +28,26 @@ const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLI
 pub(crate) struct Dir(OwnedFd);
 
 /// Which directory it is, whatever its name.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
-    /// The file system.
+    /// The file system, until the next mount: disks may be numbered in another order then.
     pub(crate) device: u64,
     /// The inode on it.
     pub(crate) inode: u64,
     /// When it was made, in nanoseconds, where the file system tells: numbers of removed inodes are given out again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) born: Option<i64>,
+}
+
+impl PartialEq for Identity {
+    fn eq(&self, other: &Self) -> bool {
+        let same = match (self.born, other.born) {
+            // Two directories made in the same nanosecond under the same number are one.
+            (Some(ours), Some(theirs)) => ours == theirs,
+            _ => self.device == other.device,
+        };
+        same && self.inode == other.inode
+    }
 }
 
 impl Identity {
@@ -242,6 +253,17 @@ mod tests {
         assert!(dir.child("inner").is_ok());
         std::os::unix::fs::symlink("real", place.path().join("away")).unwrap();
         assert!(Dir::open(&place.path().join("away")).is_err());
+    }
+
+    #[test]
+    fn a_directory_stays_itself_when_its_disk_gets_another_number() {
+        let one = Identity { device: 1, inode: 2, born: Some(3) };
+        assert_eq!(one, Identity { device: 9, ..one });
+        assert_ne!(one, Identity { born: Some(4), ..one });
+        assert_ne!(one, Identity { inode: 4, ..one });
+        let unborn = Identity { born: None, ..one };
+        assert_ne!(unborn, Identity { device: 9, ..unborn });
+        assert_eq!(unborn, one);
     }
 
     #[test]
