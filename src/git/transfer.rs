@@ -35,7 +35,7 @@ use self::{
 };
 use super::{
     Run,
-    child::{Children, Reporter, Role, serve},
+    child::{Access, Children, Confined, Reporter, Role, serve},
     credential::CredentialFile,
     mirror::{Listing, Source, Want},
     policy::Policy,
@@ -75,6 +75,23 @@ pub(super) struct Request {
     /// What speaks with the upstream.
     #[serde(default)]
     pub(super) engine: Engine,
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        let scheme = GitUrl::parse(&self.url).map(|url| (url.scheme(), url.path())).ok();
+        // A path on this machine, which git reads.
+        let upstream = scheme.as_ref().filter(|(scheme, _)| *scheme == Scheme::File).map(|(_, path)| path.into());
+        let credential = self.credential.as_ref().map(|file| file.path.clone());
+        let files = [credential, self.ca_file.clone(), self.known_hosts.clone(), upstream];
+        Access {
+            reads: files.into_iter().flatten().collect(),
+            writes: vec![self.mirror.clone()],
+            network: true,
+            programs: self.engine == Engine::Git || matches!(scheme, Some((Scheme::Ssh | Scheme::File, _))),
+            ..Access::default()
+        }
+    }
 }
 
 /// What a transfer child answers.

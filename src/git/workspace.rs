@@ -19,7 +19,6 @@ mod waiting;
 mod walk;
 
 use std::{
-    fs::OpenOptions,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::PathBuf,
     process::ExitCode,
@@ -31,6 +30,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use self::pull::Question;
+pub(super) use self::open::forget_search_paths;
 pub(crate) use self::{
     look::{Look, Looked},
     make::{Made, Make},
@@ -39,7 +39,7 @@ pub(crate) use self::{
 };
 use super::{
     Run,
-    child::{Children, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
     projects::Dir,
     room,
 };
@@ -67,6 +67,21 @@ enum Order {
     Look(Look),
     /// Bring up to date.
     Pull(Pull),
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        let pack = match &self.order {
+            Order::Pull(order) => order.pack,
+            Order::Make(_) | Order::Look(_) => None,
+        };
+        Access {
+            directory: Some(self.directory),
+            descriptors: pack.into_iter().collect(),
+            as_owner: true,
+            ..Access::default()
+        }
+    }
 }
 
 /// Makes the project whose objects are in `directory` already.
@@ -153,7 +168,7 @@ pub(super) fn main() -> ExitCode {
 }
 
 fn directory(number: i32) -> Result<Dir, Failure> {
-    let file = inherited(number, OpenOptions::new().read(true))?;
+    let file = inherited(number)?;
     Ok(Dir::from(OwnedFd::from(file)))
 }
 

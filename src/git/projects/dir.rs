@@ -13,7 +13,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxAttributes, StatxFlags, fsync, makedev,
+        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxAttributes, StatxFlags,
+        fstat, fsync, makedev,
         mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
     },
     io::Errno,
@@ -77,7 +78,10 @@ impl Dir {
             Err(error) => return Err(self.explained(error)),
         }
         let child = self.child(name)?;
-        child.set_mode(mode)?;
+        // One that was given away already is not ours to change.
+        if fstat(&child.0)?.st_mode & 0o7777 != mode {
+            child.set_mode(mode)?;
+        }
         Ok(child)
     }
 

@@ -89,8 +89,8 @@ impl<'a> GitCommand<'a> {
             command.arg(format!("--depth={depth}"));
         }
         command.args(["--end-of-options", &self.upstream.address]);
-        let mut child = program::start(command.stdin(Stdio::piped()).stdout(Stdio::null()))?;
-        watch::limit_files(&child, self.max_bytes);
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut child = watch::limiting_files(self.max_bytes, || program::start(&mut command))?;
         let mut hand = self.meter.hand();
         let bytes = hand.add_child_with_id("", PACK_BYTES).counter();
         let ear = Ear {

@@ -53,7 +53,7 @@ pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
 }
 
 /// Lets the library read no settings but the project's own.
-fn forget_search_paths() {
+pub(in crate::git) fn forget_search_paths() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         for level in [ConfigLevel::System, ConfigLevel::Global, ConfigLevel::XDG, ConfigLevel::ProgramData] {

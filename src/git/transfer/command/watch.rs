@@ -11,7 +11,7 @@ use std::{
 };
 
 use gix::progress::StepShared;
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 
 use super::said::Listening;
 use crate::{
@@ -76,14 +76,17 @@ pub(super) fn too_large() -> Failure {
     Failure::new(ErrorClass::Quota, "the upstream sends more than this node takes (git.max_bytes for a pack)")
 }
 
-/// No file that `child` and what it starts write may grow beyond `most`, however fast it does.
-pub(super) fn limit_files(child: &Child, most: u64) {
+/// Does `start`, and no file that what it starts writes may grow beyond `most`, however fast it does.
+pub(super) fn limiting_files<T>(most: u64, start: impl FnOnce() -> T) -> T {
+    // What is started inherits the limit of this process, which takes it back: another's cannot be set from here.
     let now = getrlimit(Resource::Fsize);
-    let most = now.maximum.map_or(most, |maximum| maximum.min(most));
-    if let Some(pid) = pid(child) {
-        // It reads its settings and asks the upstream first: this comes early enough.
-        let _ = prlimit(Some(pid), Resource::Fsize, Rlimit { current: Some(most), maximum: Some(most) });
+    let most = now.current.map_or(most, |current| current.min(most));
+    let limited = setrlimit(Resource::Fsize, Rlimit { current: Some(most), ..now.clone() }).is_ok();
+    let started = start();
+    if limited {
+        let _ = setrlimit(Resource::Fsize, now);
     }
+    started
 }
 
 fn signal(child: &Child, signal: Signal) {
