@@ -45,7 +45,7 @@ impl GitExecutor {
         support.allow(settings)?;
         support.warn(settings);
         let children = Children::new(program, settings.kill_grace)?.confined(Confinement::from(settings));
-        let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
+        let mirrors = Mirrors::open(storage, settings, children.clone()).await?.keeping_free(reserve.bytes());
         let path = projects.to_owned();
         let projects = blocking(move || Projects::open(&path)).await?;
         let bound = projects.mirrored();

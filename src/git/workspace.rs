@@ -18,7 +18,12 @@ mod skeleton;
 mod waiting;
 mod walk;
 
-use std::{os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -36,6 +41,7 @@ use super::{
     Run,
     child::{Access, Children, Confined, Reporter, Role, inherited, serve},
     projects::Dir,
+    room,
 };
 use crate::failure::{ErrorClass, Failure};
 
@@ -151,11 +157,13 @@ fn altered(failure: Failure) -> Failure {
 pub(super) fn main() -> ExitCode {
     serve(|request: Request, reporter| {
         let directory = directory(request.directory)?;
-        pulse::with(reporter, || match request.order {
+        let done = pulse::with(reporter, || match request.order {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
             Order::Look(order) => value(look::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
             Order::Pull(order) => value(pull::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
-        })
+        });
+        let place = PathBuf::from(format!("/proc/self/fd/{}/.", directory.as_fd().as_raw_fd()));
+        done.map_err(|failure| room::blamed(failure, &[&place]))
     })
 }
 
