@@ -8,7 +8,7 @@ use std::{
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::{
-            fs::PermissionsExt,
+            fs::{MetadataExt, PermissionsExt},
             net::{UnixDatagram, UnixListener, UnixStream},
             process::CommandExt,
         },
@@ -265,7 +265,6 @@ fn a_workspace_child_of_an_owner_can_use_its_project_and_nothing_else() {
     let place = Place::new();
     assert_possible(&place.tell("workspace", &owners()), &AS_IT_WORKS_IN_A_PROJECT);
     let made = fs::metadata(place.dir.path().join("project/d")).unwrap();
-    use std::os::unix::fs::MetadataExt;
     assert_eq!((made.uid(), made.gid()), (UID, GID));
 }
 
