@@ -254,3 +254,35 @@ fn unless_absent(failure: Failure, oid: &str) -> Failure {
     }
     failure
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::git::GitSettings;
+
+    #[test]
+    fn a_transfer_child_writes_one_mirror_and_runs_programs_only_where_the_scheme_needs_them() {
+        let access = |url: &str| {
+            let request = Request {
+                url: url.to_owned(),
+                mirror: "/m.git".into(),
+                want: Want::All,
+                credential: None,
+                policy: Policy::from(&GitSettings::default()),
+                ca_file: Some("/ca.pem".into()),
+                proxy: None,
+                known_hosts: None,
+                max_bytes: 1,
+            };
+            request.access()
+        };
+        let https = access("https://git.example/x.git");
+        let wanted =
+            Access { reads: vec!["/ca.pem".into()], writes: vec!["/m.git".into()], network: true, ..Access::default() };
+        assert_eq!(https, wanted);
+        assert!(access("ssh://git@git.example/x.git").programs);
+        let file = access("file:///srv/x.git");
+        assert!(file.programs && file.reads.contains(&PathBuf::from("/srv/x.git")));
+        assert!(!access("no address at all").programs);
+    }
+}

@@ -39,7 +39,7 @@ pub(crate) use self::{
 };
 use super::{
     Run,
-    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, TOO_MUCH_MEMORY, inherited, serve},
     projects::Dir,
     room,
 };
@@ -149,6 +149,8 @@ fn patient<'a>(run: &Run<'a>) -> Run<'a> {
 fn altered(failure: Failure) -> Failure {
     match failure.class {
         ErrorClass::Stalled => Failure::conflict("the workspace was altered: a file in it cannot be read to its end"),
+        // What grows without end in a project was put there.
+        ErrorClass::Quota if failure.message.starts_with(TOO_MUCH_MEMORY) => guard::altered(failure.message),
         _ => failure,
     }
 }
@@ -189,4 +191,16 @@ fn value(answer: impl Serialize) -> Result<Value, Failure> {
 /// Asks the agent and waits.
 fn ask<A: DeserializeOwned>(reporter: &Reporter, question: &Question) -> Result<A, Failure> {
     reporter.ask(question)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workspace_child_is_handed_its_directory_and_a_pack_and_names_no_path() {
+        let order = Order::Look(Look { refs: false, status: false });
+        let access = Request { directory: 7, order }.access();
+        assert_eq!(access, Access { directory: Some(7), as_owner: true, ..Access::default() });
+    }
 }
