@@ -20,14 +20,14 @@ use ureq::{
 
 use super::{
     Request,
-    address::{self, Addresses, Resolve},
+    address::{self, Addresses, Resolve, Route},
     budget::Budget,
     status,
     verdict::Verdict,
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{credential::Login, policy::Policy, settings::Proxy as ProxySetting},
+    git::credential::Login,
     protocol::{GitUrl, Scheme},
 };
 
@@ -56,11 +56,11 @@ impl Client {
         verdict: Verdict,
         budget: Budget,
     ) -> Result<Self, Failure> {
-        let (agent, stays_here) =
-            agent(url, &request.policy, request.proxy.as_ref(), request.ca_file.as_deref(), resolve)?;
-        if login.is_some() && !stays_here {
-            require_encryption(url)?;
+        let route = Route::of(request, url, resolve)?;
+        if login.is_some() {
+            route.takes_login(url)?;
         }
+        let agent = agent(url, route, request.ca_file.as_deref())?;
         Ok(Self {
             link: Arc::new(Link {
                 agent,
@@ -73,34 +73,15 @@ impl Client {
     }
 }
 
-/// Refuses to send a credential in the clear.
-pub(super) fn require_encryption(url: &GitUrl) -> Result<(), Failure> {
-    if url.scheme() != Scheme::Http {
-        return Ok(());
-    }
-    Err(Failure::forbidden(format!("a credential is not sent to {} without encryption; use https", url.host())))
-}
-
-/// A client for the scheme, host and port of `url`, and whether what it sends stays on this machine.
-pub(super) fn agent(
-    url: &GitUrl,
-    policy: &Policy,
-    proxy: Option<&ProxySetting>,
-    ca_file: Option<&Path>,
-    resolve: &Resolve,
-) -> Result<(Agent, bool), Failure> {
-    let (proxy, addresses) = match proxy.and_then(ProxySetting::address) {
-        Some(proxy) => {
-            policy.allow_unresolved(url.host())?;
+/// A client for the scheme, host and port of `url`, which is reached by `route`.
+pub(super) fn agent(url: &GitUrl, route: Route<'_>, ca_file: Option<&Path>) -> Result<Agent, Failure> {
+    let (proxy, addresses) = match route {
+        Route::Proxy(proxy) => {
             // Its own words would repeat the address, which may hold a password.
             let proxy = Proxy::new(proxy).map_err(|_| Failure::internal("the proxy's address cannot be read"))?;
             (Some(proxy), Addresses::Proxy)
         }
-        None => (None, Addresses::Pinned(address::lookup(url.host(), url.port(), policy, resolve)?)),
-    };
-    let stays_here = match &addresses {
-        Addresses::Pinned(addresses) => addresses.iter().all(|address| Policy::is_loopback(address.ip())),
-        Addresses::Proxy => false,
+        Route::Direct(addresses) => (None, Addresses::Pinned(addresses)),
     };
     let mut tls = TlsConfig::builder()
         .provider(TlsProvider::Rustls)
@@ -116,7 +97,7 @@ pub(super) fn agent(
         .http_status_as_error(false)
         .timeout_connect(Some(address::CONNECT))
         .build();
-    Ok((Agent::with_parts(config, DefaultConnector::default(), addresses), stays_here))
+    Ok(Agent::with_parts(config, DefaultConnector::default(), addresses))
 }
 
 /// The certificate authorities to trust: those of `file`, else the system's.

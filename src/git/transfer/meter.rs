@@ -18,7 +18,7 @@ pub(super) const PACK_BYTES: Id = *b"BWRB";
 /// Its name for that of objects received.
 pub(super) const INDEXED_OBJECTS: Id = *b"IWIO";
 /// Its name for that of objects whose deltas were resolved.
-const RESOLVED_OBJECTS: Id = *b"IWRO";
+pub(super) const RESOLVED_OBJECTS: Id = *b"IWRO";
 /// Its name for that of bytes of the index written.
 const INDEX_BYTES: Id = *b"IWBW";
 /// Ours for what was read from the upstream, listings and answers included.

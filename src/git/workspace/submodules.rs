@@ -136,7 +136,7 @@ pub(super) fn run_add(directory: &Dir, order: &Add, reporter: &Reporter) -> Resu
     let Size { files, bytes } = walk::walk(&repo, head, order.budget, reporter)?;
     room(&tree.path, "projects", bytes, order.reserve)?;
     let modules = modules(&repo, head)?;
-    make::check_out(&repo, head, &tree.path, files, reporter)?;
+    make::check_out(&repo, head, &tree.path, files, order.reserve, reporter)?;
     let upstream = skeleton::Upstream { refs: &order.listing.refs, peeled: &order.listing.peeled };
     let refs = skeleton::tracking(&upstream, &follows, false);
     skeleton::lay_out(&git.path, &config, &skeleton::packed(&refs, &order.listing.peeled))?;

@@ -17,7 +17,10 @@ use ureq::{
 use url::Url;
 
 use super::{
-    super::{address, http, status},
+    super::{
+        address::{self, Route},
+        http, status,
+    },
     LfsRequest,
     batch::Action,
 };
@@ -88,11 +91,11 @@ impl Link {
         }
         let set = of_tables(&self.hosts, place.host());
         let ca_file = set.ca_file.or_else(|| self.ca_file.clone());
-        let (agent, stays_here) =
-            http::agent(place, &self.policy, set.proxy.as_ref(), ca_file.as_deref(), &address::system)?;
-        if self.is_authorised() && !stays_here && same_host(place, &self.upstream) {
-            http::require_encryption(place)?;
+        let route = Route::to(place, &self.policy, set.proxy.as_ref(), &address::system)?;
+        if self.is_authorised() && same_host(place, &self.upstream) {
+            route.takes_login(place)?;
         }
+        let agent = http::agent(place, route, ca_file.as_deref())?;
         self.agents.borrow_mut().insert(name, agent.clone());
         Ok(agent)
     }
