@@ -135,8 +135,9 @@ impl Children {
         if run.cancel.is_cancelled() {
             return Err(cancelled());
         }
-        let envelope = line::encode(&Envelope { parent: std::process::id(), confinement: self.confinement, request })
-            .map_err(|error| Failure::internal(format!("the request to a child cannot be written: {error}")))?;
+        let envelope =
+            line::encode(&Envelope { parent: std::process::id(), confinement: self.confinement, request })
+                .map_err(|error| Failure::internal(format!("the request to a child cannot be written: {error}")))?;
         let mut group = self.spawner.spawn(role, inherit).await?;
         match converse(&mut group, &envelope, run, &mut answer).await {
             Ok(Last::Done(value)) => {

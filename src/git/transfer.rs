@@ -40,7 +40,7 @@ use super::{
     mirror::{Listing, Source, Want},
     policy::Policy,
     room::blamed,
-    settings::Engine,
+    settings::{Engine, Proxy},
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -65,6 +65,9 @@ pub(super) struct Request {
     pub(super) policy: Policy,
     /// Trusted certificate authorities, instead of the system's.
     pub(super) ca_file: Option<PathBuf>,
+    /// The proxy that leads to the upstream.
+    #[serde(default)]
+    pub(super) proxy: Option<Proxy>,
     /// Known hosts for ssh.
     pub(super) known_hosts: Option<PathBuf>,
     /// The most bytes it may receive.
@@ -179,7 +182,7 @@ fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<
         return Ok(Box::new(GitCommand::new(request, url, meter)?));
     }
     let verdict = Verdict::default();
-    let mut budget = Budget::new(verdict.clone(), meter.moved());
+    let mut budget = Budget::new(verdict.clone(), meter.received());
     if let Some(place) = request.mirror.parent() {
         budget = budget.keeping_free(place, request.reserve);
     }
@@ -187,12 +190,17 @@ fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<
     let program = match url.scheme() {
         Scheme::Https | Scheme::Http => {
             let login = request.credential.as_ref().map(|file| file.login(url.host())).transpose()?;
-            let http = http::Client::new(request, url, login.as_ref(), verdict, budget)?;
+            let http = http::Client::new(request, url, login.as_ref(), &address::system, verdict, budget)?;
             let address = gix::Url::try_from(url.as_str()).map_err(|error| Failure::invalid(error.to_string()))?;
             return Ok(Box::new(Gitoxide::new(connect_http(http, address, Protocol::V2, false), bounds, meter)));
         }
         Scheme::Ssh => {
-            let address = address::lookup(url.host(), url.port(), &request.policy)?[0].ip();
+            if request.proxy.as_ref().is_some_and(|proxy| proxy.address().is_some()) {
+                let message =
+                    format!("the host {} is reached through a proxy, which takes no ssh; use https", url.host());
+                return Err(Failure::forbidden(message));
+            }
+            let address = address::lookup(url.host(), url.port(), &request.policy, &address::system)?[0].ip();
             let key = request.credential.as_ref().map(|file| file.path.as_path());
             Program::ssh(url, address, key, request.known_hosts.as_deref())?
         }

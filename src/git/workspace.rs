@@ -29,8 +29,8 @@ use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use self::pull::Question;
 pub(super) use self::open::forget_search_paths;
+use self::pull::Question;
 pub(crate) use self::{
     look::{Look, Looked},
     make::{Made, Make},
@@ -159,12 +159,22 @@ pub(super) fn main() -> ExitCode {
         let directory = directory(request.directory)?;
         let done = pulse::with(reporter, || match request.order {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
-            Order::Look(order) => value(look::run(&directory, &order, reporter)?),
-            Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
+            Order::Look(order) => value(look::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
+            Order::Pull(order) => value(pull::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
         });
         let place = PathBuf::from(format!("/proc/self/fd/{}/.", directory.as_fd().as_raw_fd()));
         done.map_err(|failure| room::blamed(failure, &[&place]))
     })
+}
+
+/// What the owner of a project may not touch, or what leads out of it, is not as the agent made it.
+fn unreachable_to_its_owner(failure: Failure) -> Failure {
+    // What the system said has become words by now.
+    let denied = std::io::Error::from(rustix::io::Errno::ACCESS).to_string();
+    if failure.class == ErrorClass::Internal && failure.message.contains(&denied) {
+        return guard::altered(failure.message);
+    }
+    failure
 }
 
 fn directory(number: i32) -> Result<Dir, Failure> {

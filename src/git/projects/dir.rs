@@ -14,8 +14,7 @@ use std::{
 use rustix::{
     fs::{
         AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxAttributes, StatxFlags,
-        fstat, fsync, makedev,
-        mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
+        fstat, fsync, makedev, mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
     },
     io::Errno,
 };

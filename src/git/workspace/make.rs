@@ -161,6 +161,7 @@ fn check_out(
                         done: now.0 as u64,
                         total: Some(total),
                         bytes: now.1 as u64,
+                        ..Progress::default()
                     });
                     last = now;
                 }

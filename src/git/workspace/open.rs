@@ -44,9 +44,9 @@ pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
     let message = error.message();
     match error.code() {
         _ if room::refused(message) => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
-        ErrorCode::Owner => {
-            Failure::forbidden(format!("{what}: it belongs to another user than the agent; run the agent as its owner"))
-        }
+        ErrorCode::Owner => Failure::forbidden(format!(
+            "{what}: it belongs to another user than the one who works in it; set git.run_as to its owner and clone it anew"
+        )),
         ErrorCode::Locked => Failure::conflict(format!("{what}: another program holds a lock ({message})")),
         _ => altered(format!("{what}: {message}")),
     }

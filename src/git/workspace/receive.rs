@@ -83,6 +83,7 @@ pub(super) fn receive(
             done: progress.indexed_objects() as u64,
             total: Some(progress.total_objects() as u64),
             bytes: progress.received_bytes() as u64,
+            ..Progress::default()
         });
         true
     });

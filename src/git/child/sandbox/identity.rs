@@ -7,8 +7,8 @@ use rustix::{
     process::{DumpableBehavior, set_dumpable_behavior},
     thread::{
         CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
-        remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
-        set_thread_res_gid, set_thread_res_uid,
+        remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+        set_thread_res_uid,
     },
 };
 
@@ -20,8 +20,7 @@ use crate::protocol::Owner;
 /// somebody else's.
 pub(super) fn assume(owner: Option<Owner>, reads_credentials: bool) -> io::Result<()> {
     let had = capabilities(None)?;
-    let kept =
-        if reads_credentials { had.permitted & CapabilitySet::DAC_READ_SEARCH } else { CapabilitySet::empty() };
+    let kept = if reads_credentials { had.permitted & CapabilitySet::DAC_READ_SEARCH } else { CapabilitySet::empty() };
     if had.effective.contains(CapabilitySet::SETPCAP) {
         narrow_bounding_set(kept)?;
     }

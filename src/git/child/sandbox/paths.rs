@@ -3,8 +3,8 @@
 use std::{io, os::fd::OwnedFd, path::Path, path::PathBuf};
 
 use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, PathFdError, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
+    ABI, Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, PathFdError,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
 };
 
 use super::{Access, descriptors};
@@ -123,9 +123,8 @@ impl Paths {
             Err(other) => return Err(error(other)),
         };
         // A right to directories makes no sense on a file.
-        let file = !rustix::fs::fstat(&fd).is_ok_and(|stat| {
-            rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory
-        });
+        let file = !rustix::fs::fstat(&fd)
+            .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory);
         let rights = if file { rights & AccessFs::from_file(NEWEST) } else { rights };
         self.0 = self.0.add_rule(PathBeneath::new(fd, rights)).map_err(error)?;
         Ok(self)
@@ -158,7 +157,11 @@ fn processor_limits() -> Vec<PathBuf> {
     let own = std::fs::read_to_string(CGROUP).unwrap_or_default();
     let group = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
     let group = Path::new("/sys/fs/cgroup").join(group);
-    group.ancestors().take_while(|group| group.starts_with("/sys/fs/cgroup")).map(|group| group.join("cpu.max")).collect()
+    group
+        .ancestors()
+        .take_while(|group| group.starts_with("/sys/fs/cgroup"))
+        .map(|group| group.join("cpu.max"))
+        .collect()
 }
 
 fn error(error: impl Into<RulesetOrPath>) -> io::Error {

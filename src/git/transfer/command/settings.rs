@@ -15,7 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 use super::super::{Request, address, process::Program as Ssh};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{credential::Login, policy::Policy},
+    git::{credential::Login, policy::Policy, settings::Proxy},
     protocol::{GitUrl, Scheme},
 };
 
@@ -70,7 +70,15 @@ impl Settings {
         }
         match url.scheme() {
             Scheme::Https | Scheme::Http => {
-                let addresses = address::lookup(url.host(), url.port(), &request.policy)?;
+                let addresses = match proxy(request) {
+                    // It resolves names itself: patterns rule, and nothing is pinned.
+                    Some(proxy) => {
+                        request.policy.allow_unresolved(url.host())?;
+                        put(&mut text, "http", &[("proxy", proxy)])?;
+                        Vec::new()
+                    }
+                    None => address::lookup(url.host(), url.port(), &request.policy, &address::system)?,
+                };
                 let login = request.credential.as_ref().map(|file| file.login(url.host())).transpose()?;
                 if url.scheme() == Scheme::Http && login.is_some() {
                     encrypted_or_here(url.host(), &addresses)?;
@@ -78,7 +86,12 @@ impl Settings {
                 http(&mut text, url, &addresses, login.as_ref(), request.ca_file.as_deref())?;
             }
             Scheme::Ssh => {
-                let address = address::lookup(url.host(), url.port(), &request.policy)?[0].ip();
+                if proxy(request).is_some() {
+                    let message =
+                        format!("the host {} is reached through a proxy, which takes no ssh; use https", url.host());
+                    return Err(Failure::forbidden(message));
+                }
+                let address = address::lookup(url.host(), url.port(), &request.policy, &address::system)?[0].ip();
                 let key = request.credential.as_ref().map(|file| file.path.as_path());
                 let ssh = Ssh::ssh(url, address, key, request.known_hosts.as_deref())?;
                 put(&mut text, "core", &[("sshCommand", &ssh_command(&ssh, address)?)])?;
@@ -100,6 +113,11 @@ impl Settings {
     }
 }
 
+/// The address of the proxy that leads to the upstream.
+fn proxy(request: &Request) -> Option<&str> {
+    request.proxy.as_ref().and_then(Proxy::address)
+}
+
 fn http(
     text: &mut String,
     url: &GitUrl,
@@ -108,7 +126,7 @@ fn http(
     ca_file: Option<&Path>,
 ) -> Result<(), Failure> {
     // What was checked is what is connected to; a literal address stands for itself.
-    if url.host().parse::<IpAddr>().is_err() {
+    if url.host().parse::<IpAddr>().is_err() && !addresses.is_empty() {
         let addresses: Vec<String> = addresses.iter().map(|address| bracketed(address.ip())).collect();
         let pinned = format!("{}:{}:{}", url.host(), url.port(), addresses.join(","));
         put(text, "http", &[("curloptResolve", &pinned)])?;
@@ -129,7 +147,7 @@ fn http(
 
 /// A login is sent in the clear only to this machine itself.
 fn encrypted_or_here(host: &str, addresses: &[SocketAddr]) -> Result<(), Failure> {
-    if addresses.iter().all(|address| Policy::is_loopback(address.ip())) {
+    if !addresses.is_empty() && addresses.iter().all(|address| Policy::is_loopback(address.ip())) {
         return Ok(());
     }
     Err(Failure::forbidden(format!("a credential is not sent to {host} without encryption; use https")))
@@ -180,6 +198,7 @@ mod tests {
             credential: None,
             policy: Policy::from(settings),
             ca_file: settings.ca_file.clone(),
+            proxy: None,
             known_hosts: settings.known_hosts.clone(),
             max_bytes: 1,
             reserve: 0,
