@@ -68,6 +68,13 @@ pub(crate) enum Behaviour {
         /// Bytes of the answer's body that are still sent.
         after: usize,
     },
+    /// One byte of each pack is another, for clients whose request holds this text; all else as git does.
+    DamagePack {
+        /// The place in the answer's body.
+        at: usize,
+        /// Part of the request.
+        asked_by: &'static str,
+    },
 }
 
 /// What was asked for so far.
@@ -353,6 +360,11 @@ impl Shared {
         };
         match behaviour {
             Behaviour::Serve => self.answer(stream, &request, usize::MAX).map(drop),
+            Behaviour::DamagePack { at, asked_by } => {
+                let asked = request.body.windows(asked_by.len()).any(|window| window == asked_by.as_bytes());
+                let at = if is_pack && asked { at } else { usize::MAX };
+                self.answer(&mut Damaging { stream, left: at }, &request, usize::MAX).map(drop)
+            }
             Behaviour::Answer { status, headers } => {
                 let mut head = format!("HTTP/1.1 {status} Status\r\nContent-Length: 0\r\nConnection: close\r\n");
                 for (name, value) in headers {
@@ -432,6 +444,36 @@ impl Shared {
         let _ = child.kill();
         child.wait()?;
         answered
+    }
+}
+
+/// A stream that changes one byte of what is written.
+struct Damaging<'a, S> {
+    stream: &'a mut S,
+    left: usize,
+}
+
+impl<S: Read> Read for Damaging<'_, S> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        self.stream.read(into)
+    }
+}
+
+impl<S: Write> Write for Damaging<'_, S> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut bytes = bytes.to_vec();
+        if let Some(byte) = bytes.get_mut(self.left) {
+            *byte ^= 0xff;
+            self.left = usize::MAX;
+        } else if self.left != usize::MAX {
+            self.left -= bytes.len();
+        }
+        self.stream.write_all(&bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.stream.flush()
     }
 }
 

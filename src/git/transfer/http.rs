@@ -19,14 +19,14 @@ use ureq::{
 
 use super::{
     Request,
-    address::{self, Addresses, Resolve},
+    address::{self, Addresses, Resolve, Route},
     budget::Budget,
     status,
     verdict::Verdict,
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{credential::Login, policy::Policy, settings::Proxy as ProxySetting},
+    git::credential::Login,
     protocol::{GitUrl, Scheme},
 };
 
@@ -55,25 +55,18 @@ impl Client {
         verdict: Verdict,
         budget: Budget,
     ) -> Result<Self, Failure> {
-        let (proxy, addresses) = match request.proxy.as_ref().and_then(ProxySetting::address) {
-            Some(proxy) => {
-                request.policy.allow_unresolved(url.host())?;
+        let route = Route::of(request, url, resolve)?;
+        if login.is_some() {
+            route.takes_login(url)?;
+        }
+        let (proxy, addresses) = match route {
+            Route::Proxy(proxy) => {
                 // Its own words would repeat the address, which may hold a password.
                 let proxy = Proxy::new(proxy).map_err(|_| Failure::internal("the proxy's address cannot be read"))?;
                 (Some(proxy), Addresses::Proxy)
             }
-            None => (None, Addresses::Pinned(address::lookup(url.host(), url.port(), &request.policy, resolve)?)),
+            Route::Direct(addresses) => (None, Addresses::Pinned(addresses)),
         };
-        let stays_here = match &addresses {
-            Addresses::Pinned(addresses) => addresses.iter().all(|address| Policy::is_loopback(address.ip())),
-            Addresses::Proxy => false,
-        };
-        if url.scheme() == Scheme::Http && login.is_some() && !stays_here {
-            return Err(Failure::forbidden(format!(
-                "a credential is not sent to {} without encryption; use https",
-                url.host()
-            )));
-        }
         let mut tls = TlsConfig::builder()
             .provider(TlsProvider::Rustls)
             .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
