@@ -239,7 +239,9 @@ async fn a_directory_that_nobody_may_change_defers_what_would_change_it() {
     let before = listing(&scene.project());
     // Of another upstream a mirror has to be made.
     git(scene.world.dir.path(), &["clone", "-q", "--bare", "up.git", "other.git"]);
-    for place in ["storage/.haul/mirrors", "storage/projects/.haul", "storage/projects/.haul/owners", "storage/projects"] {
+    for place in
+        ["storage/.haul/mirrors", "storage/projects/.haul", "storage/projects/.haul/owners", "storage/projects"]
+    {
         let fixed = Immutable::new(scene.world.path(place));
         let url = format!("file://{}", scene.world.path("other.git").display());
         let failure = scene.world.clone(2, "q", json!({"git_url": url})).await.unwrap_err();

@@ -156,7 +156,12 @@ async fn made(
 }
 
 /// Copies what the mirror holds; ends early when the run does.
-async fn copy_objects(git: &GitExecutor, fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) -> Result<(), Failure> {
+async fn copy_objects(
+    git: &GitExecutor,
+    fetched: &Fetched,
+    staging: &Arc<Staging>,
+    run: &Run<'_>,
+) -> Result<(), Failure> {
     let (mirror, staged) = (fetched.path.clone(), Arc::clone(staging));
     let (cancel, deadline, reserve) = (run.cancel.clone(), run.deadline.into_std(), git.reserve.clone());
     let (tell, mut told) = tokio::sync::watch::channel(0_u64);

@@ -138,9 +138,8 @@ pub(super) async fn run(
     run: &Run<'_>,
 ) -> Result<Answer, Failure> {
     let first = children.run(Role::Transfer, &request, Vec::new(), run).await;
-    let own = |failure: &Failure| {
-        matches!(failure.class, ErrorClass::Corrupt | ErrorClass::Internal) && !failure.deferred
-    };
+    let own =
+        |failure: &Failure| matches!(failure.class, ErrorClass::Corrupt | ErrorClass::Internal) && !failure.deferred;
     let failure = match first {
         Err(failure) if fallback && request.engine == Engine::Gix && own(&failure) && !run.cancel.is_cancelled() => {
             failure

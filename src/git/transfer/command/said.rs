@@ -201,7 +201,8 @@ mod tests {
 
     fn heard(text: &str) -> Heard {
         let meter = Meter::default();
-        let mut ear = Ear { sent: meter.received(), moved: meter.moved(), received: meter.hand(), resolved: meter.hand() };
+        let mut ear =
+            Ear { sent: meter.received(), moved: meter.moved(), received: meter.hand(), resolved: meter.hand() };
         let mut heard = Heard::default();
         text.split(['\r', '\n']).for_each(|line| ear.hear(line, &mut heard));
         heard

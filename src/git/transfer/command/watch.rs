@@ -1,13 +1,7 @@
 //! Bounds on what git writes while it writes: how much, and how much of the disk stays free.
 
 use std::{
-    collections::BTreeSet,
-    ffi::OsString,
-    fs,
-    path::Path,
-    process::Child,
-    sync::atomic::Ordering,
-    time::Duration,
+    collections::BTreeSet, ffi::OsString, fs, path::Path, process::Child, sync::atomic::Ordering, time::Duration,
 };
 
 use gix::progress::StepShared;
