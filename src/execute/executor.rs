@@ -12,7 +12,7 @@ use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Re
 use crate::{
     failure::Failure,
     git::{Budget, Children, Confinement, GitSettings, Mirrors, Projects, Run, Stamp, Support, owner::barred},
-    protocol::{HostState, ProjectId, Task, TaskResult, Work},
+    protocol::{HostState, ProjectId, Scheme, Task, TaskResult, Work},
 };
 
 /// Executes tasks on the projects of one agent.
@@ -109,9 +109,13 @@ impl Execute for GitExecutor {
     fn admit(&self, task: &Task) -> Result<(), Failure> {
         match &task.work {
             Work::Clone(work) => {
-                let unsupported = [("submodules", work.submodules), ("lfs", work.lfs), ("depth", work.depth.is_some())];
-                if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
-                    return Err(Failure::invalid(format!("this agent does not support {field}")));
+                if work.depth.is_some() {
+                    return Err(Failure::invalid("this agent does not support depth"));
+                }
+                if work.lfs && !matches!(work.url.scheme(), Scheme::Https | Scheme::Http) {
+                    return Err(Failure::invalid(
+                        "lfs works over https only; clone without it, or from an https address",
+                    ));
                 }
                 self.settings.owner(work.owner)?;
                 self.mirrors.allow(&work.url)

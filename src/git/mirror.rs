@@ -1,5 +1,6 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod lfs;
 mod upkeep;
 
 use std::{

@@ -9,6 +9,7 @@ mod budget;
 mod command;
 mod gitoxide;
 mod http;
+mod lfs;
 mod meter;
 mod process;
 mod status;
@@ -24,6 +25,7 @@ use std::{
 use gix_transport::{Protocol, client::blocking_io::http::connect_http};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::lfs::{LfsAnswer, LfsRequest};
 use self::{
     address::Route,
     bare::Bare,
@@ -127,6 +129,23 @@ trait Transport {
     fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure>;
 }
 
+/// What a transfer child may be told; the fields of the two have different names.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Order {
+    Lfs(LfsRequest),
+    Fetch(Box<Request>),
+}
+
+impl Confined for Order {
+    fn access(&self) -> Access {
+        match self {
+            Self::Lfs(request) => request.access(),
+            Self::Fetch(request) => request.access(),
+        }
+    }
+}
+
 /// Has a child do `request`. With `fallback`, what the first engine could not do for a reason of its own is tried again
 /// with the `git` command, in the same attempt.
 ///
@@ -161,7 +180,14 @@ pub(super) async fn run(
 
 /// `haul child transfer`.
 pub(super) fn main() -> ExitCode {
-    serve(|request: Request, reporter| transfer(&request, reporter))
+    serve(|order: Order, reporter| match order {
+        Order::Lfs(request) => value(lfs::fetch(&request, reporter)?),
+        Order::Fetch(request) => value(transfer(&request, reporter)?),
+    })
+}
+
+fn value(answer: impl Serialize) -> Result<serde_json::Value, Failure> {
+    serde_json::to_value(answer).map_err(|error| Failure::internal(error.to_string()))
 }
 
 fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {

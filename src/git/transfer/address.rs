@@ -72,9 +72,22 @@ impl<'a> Route<'a> {
     /// # Errors
     /// As [`lookup`].
     pub(super) fn of(request: &'a Request, url: &GitUrl, resolve: &Resolve) -> Result<Self, Failure> {
-        match request.proxy.as_ref().and_then(Proxy::address) {
-            Some(proxy) => request.policy.allow_unresolved(url.host()).map(|()| Self::Proxy(proxy)),
-            None => lookup(url.host(), url.port(), &request.policy, resolve).map(Self::Direct),
+        Self::to(url, &request.policy, request.proxy.as_ref(), resolve)
+    }
+
+    /// The one to `url`, through `proxy` where there is one.
+    ///
+    /// # Errors
+    /// As [`lookup`].
+    pub(super) fn to(
+        url: &GitUrl,
+        policy: &Policy,
+        proxy: Option<&'a Proxy>,
+        resolve: &Resolve,
+    ) -> Result<Self, Failure> {
+        match proxy.and_then(Proxy::address) {
+            Some(proxy) => policy.allow_unresolved(url.host()).map(|()| Self::Proxy(proxy)),
+            None => lookup(url.host(), url.port(), policy, resolve).map(Self::Direct),
         }
     }
 

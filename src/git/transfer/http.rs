@@ -3,6 +3,7 @@
 use std::{
     any::Any,
     io::{self, BufRead, BufReader, Cursor, Read, Write},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -59,31 +60,10 @@ impl Client {
         if login.is_some() {
             route.takes_login(url)?;
         }
-        let (proxy, addresses) = match route {
-            Route::Proxy(proxy) => {
-                // Its own words would repeat the address, which may hold a password.
-                let proxy = Proxy::new(proxy).map_err(|_| Failure::internal("the proxy's address cannot be read"))?;
-                (Some(proxy), Addresses::Proxy)
-            }
-            Route::Direct(addresses) => (None, Addresses::Pinned(addresses)),
-        };
-        let mut tls = TlsConfig::builder()
-            .provider(TlsProvider::Rustls)
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
-        if url.scheme() == Scheme::Https {
-            tls = tls.root_certs(authorities(request.ca_file.as_deref())?);
-        }
-        let config = Agent::config_builder()
-            .tls_config(tls.build())
-            .proxy(proxy)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .timeout_connect(Some(address::CONNECT))
-            .build();
+        let agent = agent(url, route, request.ca_file.as_deref())?;
         Ok(Self {
             link: Arc::new(Link {
-                agent: Agent::with_parts(config, DefaultConnector::default(), addresses),
+                agent,
                 host: url.host().to_owned(),
                 authorization: login.map(Login::basic),
                 verdict,
@@ -93,8 +73,35 @@ impl Client {
     }
 }
 
+/// A client for the scheme, host and port of `url`, which is reached by `route`.
+pub(super) fn agent(url: &GitUrl, route: Route<'_>, ca_file: Option<&Path>) -> Result<Agent, Failure> {
+    let (proxy, addresses) = match route {
+        Route::Proxy(proxy) => {
+            // Its own words would repeat the address, which may hold a password.
+            let proxy = Proxy::new(proxy).map_err(|_| Failure::internal("the proxy's address cannot be read"))?;
+            (Some(proxy), Addresses::Proxy)
+        }
+        Route::Direct(addresses) => (None, Addresses::Pinned(addresses)),
+    };
+    let mut tls = TlsConfig::builder()
+        .provider(TlsProvider::Rustls)
+        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
+    if url.scheme() == Scheme::Https {
+        tls = tls.root_certs(authorities(ca_file)?);
+    }
+    let config = Agent::config_builder()
+        .tls_config(tls.build())
+        .proxy(proxy)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .timeout_connect(Some(address::CONNECT))
+        .build();
+    Ok(Agent::with_parts(config, DefaultConnector::default(), addresses))
+}
+
 /// The certificate authorities to trust: those of `file`, else the system's.
-fn authorities(file: Option<&std::path::Path>) -> Result<RootCerts, Failure> {
+fn authorities(file: Option<&Path>) -> Result<RootCerts, Failure> {
     let Some(file) = file else {
         let found = rustls_native_certs::load_native_certs();
         if found.certs.is_empty() {
