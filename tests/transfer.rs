@@ -31,7 +31,7 @@ use haul::{
         Fence, Run,
         child::Children,
         mirror::{Fetched, Mirrors, Source, Want},
-        settings::GitSettings,
+        settings::{Engine, GitSettings},
     },
     protocol::{CredentialName, GitUrl, Progress},
 };

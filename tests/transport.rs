@@ -125,7 +125,8 @@ impl Node {
     }
 
     fn credential(&self, file: &str, text: &str) {
-        let path = self.storage.path().join("credentials").join(file);
+        let path = self.storage.path().join("credentials/localhost").join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, text).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     }

@@ -182,9 +182,10 @@ async fn bring(
             Err(failure) if matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(pack.await.err().unwrap_or(failure)),
             Err(failure) => Err(failure),
         },
-        packed = &mut pack => {
-            packed?;
-            pull.await
+        packed = &mut pack => match (packed, pull.await) {
+            // Whoever does not read to the end knows better why.
+            (Err(failure), Err(cause)) if matches!(cause.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(failure),
+            (_, pulled) => pulled,
         }
     }
 }

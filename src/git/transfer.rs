@@ -299,6 +299,8 @@ mod tests {
                 proxy: None,
                 known_hosts: None,
                 max_bytes: 1,
+                reserve: 0,
+                engine: Engine::Gix,
             };
             request.access()
         };

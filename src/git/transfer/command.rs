@@ -21,9 +21,15 @@ use std::{
     io::{Read, Write},
     path::{Path, PathBuf},
     process::{ChildStdout, Stdio},
+    sync::atomic::Ordering,
 };
 
-use gix::{NestedProgress, bstr::BString, progress::Count, protocol::handshake::Ref};
+use gix::{
+    NestedProgress,
+    bstr::BString,
+    progress::{Count, StepShared},
+    protocol::handshake::Ref,
+};
 
 use self::{
     program::Program,
@@ -94,6 +100,7 @@ impl<'a> GitCommand<'a> {
         let mut hand = self.meter.hand();
         let bytes = hand.add_child_with_id("", PACK_BYTES).counter();
         let ear = Ear {
+            sent: self.meter.received(),
             moved: self.meter.moved(),
             received: hand.add_child_with_id("", INDEXED_OBJECTS),
             resolved: hand.add_child_with_id("", RESOLVED_OBJECTS),
@@ -115,7 +122,7 @@ impl<'a> GitCommand<'a> {
         }
         let new: Vec<OsString> = names(&packs)?.difference(&before).cloned().collect();
         let received = Received { objects: heard.objects, bytes: heard.bytes.map_or_else(|| sizes(&packs, &new), Ok)? };
-        bytes.store(usize::try_from(received.bytes).unwrap_or(usize::MAX), std::sync::atomic::Ordering::Relaxed);
+        bytes.store(usize::try_from(received.bytes).unwrap_or(usize::MAX), Ordering::Relaxed);
         // The program has synced its files; the names are ours to keep.
         File::open(&packs)?.sync_all()?;
         Ok(received)
@@ -131,9 +138,15 @@ impl Transport for GitCommand<'_> {
         let mut command = self.program.command("ls-remote", Path::new("/dev/null"));
         command.args(["--symref", "--end-of-options", &self.upstream.address]);
         let mut child = program::start(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
-        let ear = Ear { moved: self.meter.moved(), received: self.meter.hand(), resolved: self.meter.hand() };
+        let sent = self.meter.received();
+        let ear = Ear {
+            sent: sent.clone(),
+            moved: self.meter.moved(),
+            received: self.meter.hand(),
+            resolved: self.meter.hand(),
+        };
         let listening = ear.listen(child.stderr.take());
-        let text = child.stdout.take().map(read_listing).transpose()?.unwrap_or_default();
+        let text = child.stdout.take().map(|output| read_listing(output, &sent)).transpose()?.unwrap_or_default();
         let too_long = text.len() as u64 > gitoxide::LONGEST_LISTING;
         if too_long {
             let _ = child.kill();
@@ -159,10 +172,17 @@ impl Transport for GitCommand<'_> {
 }
 
 /// Everything that `output` has, and one byte more than a listing may have where it has more.
-fn read_listing(output: ChildStdout) -> Result<Vec<u8>, Failure> {
-    let mut text = Vec::new();
-    output.take(gitoxide::LONGEST_LISTING + 1).read_to_end(&mut text)?;
-    Ok(text)
+fn read_listing(output: ChildStdout, sent: &StepShared) -> Result<Vec<u8>, Failure> {
+    let (mut text, mut output) = (Vec::new(), output.take(gitoxide::LONGEST_LISTING + 1));
+    let mut chunk = vec![0; 64 << 10];
+    loop {
+        let count = output.read(&mut chunk)?;
+        if count == 0 {
+            return Ok(text);
+        }
+        sent.fetch_add(count, Ordering::Relaxed);
+        text.extend_from_slice(&chunk[..count]);
+    }
 }
 
 /// Reads what `git ls-remote --symref` prints.

@@ -27,7 +27,9 @@ const TAIL: usize = 2048;
 
 /// Where what is heard is counted.
 pub(super) struct Ear {
-    /// Anything at all.
+    /// Bytes that the upstream had git say.
+    pub(super) sent: StepShared,
+    /// Steps of git's own.
     pub(super) moved: StepShared,
     /// Objects received.
     pub(super) received: Hand,
@@ -77,7 +79,6 @@ impl Ear {
             let mut chunk = [0; 8192];
             let Some(mut from) = from else { return heard };
             while let Ok(count @ 1..) = from.read(&mut chunk) {
-                self.moved.fetch_add(count, Ordering::Relaxed);
                 for &byte in &chunk[..count] {
                     if byte == b'\n' || byte == b'\r' {
                         self.hear(&String::from_utf8_lossy(&line), &mut heard);
@@ -104,7 +105,11 @@ impl Ear {
             count(&mut self.received, done, total);
         } else if let Some((done, total)) = fraction(line, "Resolving deltas:") {
             count(&mut self.resolved, done, total);
-        } else if !line.starts_with("remote: ") && !line.trim().is_empty() {
+        } else if line.starts_with("remote: ") {
+            self.sent.fetch_add(line.len(), Ordering::Relaxed);
+        } else if line.starts_with("Checking connectivity:") {
+            self.moved.fetch_add(1, Ordering::Relaxed);
+        } else if !line.trim().is_empty() {
             heard.words.push_str(line.trim());
             heard.words.push('\n');
             if heard.words.len() > TAIL {
@@ -196,7 +201,8 @@ mod tests {
 
     fn heard(text: &str) -> Heard {
         let meter = Meter::default();
-        let mut ear = Ear { moved: meter.moved(), received: meter.hand(), resolved: meter.hand() };
+        let mut ear =
+            Ear { sent: meter.received(), moved: meter.moved(), received: meter.hand(), resolved: meter.hand() };
         let mut heard = Heard::default();
         text.split(['\r', '\n']).for_each(|line| ear.hear(line, &mut heard));
         heard
