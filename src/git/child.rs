@@ -33,6 +33,8 @@ pub enum Role {
     Pack,
     /// Reads and writes one project.
     Workspace,
+    /// Reads and writes one mirror, without the network; belongs to no task.
+    Upkeep,
 }
 
 impl Role {
@@ -43,6 +45,7 @@ impl Role {
             Self::Transfer => "transfer",
             Self::Pack => "pack",
             Self::Workspace => "workspace",
+            Self::Upkeep => "upkeep",
         }
     }
 
@@ -50,7 +53,7 @@ impl Role {
     const fn longest_line(self) -> usize {
         match self {
             Self::Transfer => 32 << 20,
-            Self::Pack | Self::Workspace => 1 << 20,
+            Self::Pack | Self::Workspace | Self::Upkeep => 1 << 20,
         }
     }
 }
@@ -231,6 +234,10 @@ pub fn main(role: &str) -> ExitCode {
         "workspace" => {
             serve::set_umask(0o022);
             super::workspace::main()
+        }
+        "upkeep" => {
+            serve::set_umask(0o077);
+            super::mirror::main()
         }
         _ => ExitCode::from(2),
     }

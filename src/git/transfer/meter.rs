@@ -55,6 +55,11 @@ impl Meter {
         self.sum(PACK_BYTES).0
     }
 
+    /// How many objects of packs were received and are expected, so far.
+    pub(super) fn objects(&self) -> (u64, u64) {
+        self.sum(INDEXED_OBJECTS)
+    }
+
     /// Does `work` while everything that moves is reported every `tick`.
     pub(super) fn reporting<T>(&self, tick: Duration, reporter: &Reporter, work: impl FnOnce() -> T) -> T {
         let (done, ended) = channel::<()>();
