@@ -70,12 +70,16 @@ pub(super) fn record_these(mirror: &Path, names: &BTreeSet<String>) -> io::Resul
 /// whoever reads it.
 pub(in crate::git) fn damage(mirror: &Path) -> io::Result<Option<String>> {
     let names = match names(mirror) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some("it has no place for packs".to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(Some("it has no place for packs".to_owned()));
+        }
         other => other?,
     };
     let listed = match fs::read_to_string(manifest(mirror)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(Some("its list of packs is garbage".to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            return Ok(Some("its list of packs is garbage".to_owned()));
+        }
         other => other?,
     };
     for line in listed.lines().filter(|line| !line.is_empty()) {
@@ -156,10 +160,12 @@ mod tests {
         let cases: [(&str, &dyn Fn(&Path)); 6] = [
             ("cut short", &|place| fs::write(directory(place).join("pack-1.idx"), "x").unwrap()),
             ("do not belong", &|place| {
-                fs::write(directory(place).join("pack-1.pack"), [&b"PACK\0\0\0\x02\0\0\0\x01"[..], &[7; 20]].concat()).unwrap();
+                fs::write(directory(place).join("pack-1.pack"), [&b"PACK\0\0\0\x02\0\0\0\x01"[..], &[7; 20]].concat())
+                    .unwrap();
             }),
             ("does not end", &|place| {
-                fs::write(directory(place).join("pack-1.pack"), [&b"PACK\0\0\0\x02\0\0\0\0"[..], &[8; 20]].concat()).unwrap();
+                fs::write(directory(place).join("pack-1.pack"), [&b"PACK\0\0\0\x02\0\0\0\0"[..], &[8; 20]].concat())
+                    .unwrap();
             }),
             ("pack is missing", &|place| fs::remove_file(directory(place).join("pack-1.pack")).unwrap()),
             ("pack-1 is missing", &|place| fs::remove_file(directory(place).join("pack-1.idx")).unwrap()),

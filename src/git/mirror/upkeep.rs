@@ -246,7 +246,10 @@ pub(super) fn sweep_all(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
-        if name.contains(".git.new-") || name.contains(".git.old-") || (name.contains(".tip-") && name.ends_with(".git")) {
+        if name.contains(".git.new-")
+            || name.contains(".git.old-")
+            || (name.contains(".tip-") && name.ends_with(".git"))
+        {
             fs::remove_dir_all(&path)?;
         } else if name.contains(".tip-") && name.ends_with(".lock") {
             fs::remove_file(&path)?;

@@ -73,7 +73,9 @@ impl Bare {
             Ok(text) if text.lines().all(is_ref_line) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Ok(_) => return damaged("its refs are garbage".to_owned()),
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => return damaged("its refs are garbage".to_owned()),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                return damaged("its refs are garbage".to_owned());
+            }
             Err(error) => return Err(error.into()),
         }
         if let Some(what) = mirror::damage(path)? {

@@ -13,7 +13,7 @@ use super::{
     Received, Transport,
     bare::Bare,
     meter::Meter,
-    milestones::{Measure, Plan, Record, by_version},
+    milestones::{Measure, Plan, Record, Search, by_version},
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -22,10 +22,6 @@ use crate::{
 
 /// How often what was received is written down.
 const TICK: Duration = Duration::from_millis(200);
-/// The depth that is asked for first when a history is measured.
-const SHALLOW: u32 = 64;
-/// No history is deeper.
-const DEEPEST: u32 = 1 << 30;
 
 /// What a transfer has at hand.
 pub(super) struct Journey<'a> {
@@ -232,25 +228,16 @@ impl Packs<'_, '_> {
         }
     }
 
-    /// How many positions the history of `target` has.
+    /// How many positions the history of `target` has. Each answer is kept: the search may die as well.
     fn length(&mut self, target: &str) -> Result<u32, Failure> {
-        if !self.record.only_listed {
-            let (mut low, mut high) = (0, SHALLOW);
-            while high < DEEPEST && !self.cut(target, high)?.is_empty() {
-                (low, high) = (high, high * 2);
-            }
-            // Nearly is enough: a unit or two more or less.
-            while high - low > (high / 32).max(1) {
-                let middle = low + (high - low) / 2;
-                if self.cut(target, middle)?.is_empty() {
-                    high = middle;
-                } else {
-                    low = middle;
-                }
-            }
-            if !self.record.only_listed {
-                return Ok(high);
-            }
+        let mut search = self.record.search.take().filter(|search| search.target == target);
+        while !self.record.only_listed {
+            let found = search.get_or_insert_with(|| Search::new(target));
+            let Some(depth) = found.next() else { return Ok(found.length()) };
+            let there = !self.cut(target, depth)?.is_empty();
+            found.told(depth, there);
+            self.record.search = Some(found.clone());
+            self.record.write(self.bare.path())?;
         }
         Ok(u32::try_from(self.tags().len() + 1).unwrap_or(u32::MAX))
     }

@@ -25,6 +25,10 @@ const LONG: Duration = Duration::from_secs(1);
 const UNIT: Duration = Duration::from_mins(1);
 /// The shortest that is aimed at, however soon transfers die.
 const SHORTEST: Duration = Duration::from_millis(300);
+/// The depth that is asked for first when a history is measured.
+const SHALLOW: u32 = 64;
+/// No history is deeper.
+const DEEPEST: u32 = 1 << 30;
 /// How long a rate is measured before it is believed.
 const MEASURED: Duration = Duration::from_secs(10);
 
@@ -36,6 +40,8 @@ pub(super) struct Record {
     pub(super) attempts: u32,
     /// What was received last, as it went.
     pub(super) measure: Measure,
+    /// The history whose length is being searched for.
+    pub(super) search: Option<Search>,
     /// The history that is being fetched in units.
     pub(super) plan: Option<Plan>,
     /// Whether everything beside that history was tried in one go, and died.
@@ -56,6 +62,16 @@ pub(super) struct Measure {
     pub(super) objects: u64,
     /// How many had been announced.
     pub(super) expected: u64,
+}
+
+/// How deep a history is: deeper than `low`, and not deeper than `high` once that was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Search {
+    /// The object whose history it is.
+    pub(super) target: String,
+    low: u32,
+    high: u32,
+    bounded: bool,
 }
 
 /// One history in units. Positions are depths below the tip, or, counted from the newest, tags.
@@ -137,6 +153,40 @@ impl Measure {
     }
 }
 
+impl Search {
+    /// Nothing is known yet.
+    pub(super) fn new(target: &str) -> Self {
+        Self { target: target.to_owned(), low: 0, high: SHALLOW, bounded: false }
+    }
+
+    /// The depth to ask for next; `None` once the answer is near enough, give or take a unit or two.
+    pub(super) fn next(&self) -> Option<u32> {
+        match self.bounded {
+            false => Some(self.high),
+            true if self.high - self.low > (self.high / 32).max(1) => Some(self.low + (self.high - self.low) / 2),
+            true => None,
+        }
+    }
+
+    /// There is history at `depth`, or not.
+    pub(super) fn told(&mut self, depth: u32, there: bool) {
+        if there {
+            self.low = depth;
+            if !self.bounded {
+                self.high = depth.saturating_mul(2).min(DEEPEST);
+                self.bounded = depth == DEEPEST;
+            }
+        } else {
+            (self.high, self.bounded) = (depth, true);
+        }
+    }
+
+    /// A depth at which there is no history any more, as far as is known.
+    pub(super) fn length(&self) -> u32 {
+        self.high
+    }
+}
+
 impl Plan {
     /// The plan for a history of `length` positions, after a transfer that went like `last`.
     pub(super) fn new(target: &str, length: u32, last: &Measure) -> Self {
@@ -182,8 +232,20 @@ pub(super) fn by_version(a: &str, b: &str) -> Ordering {
     loop {
         let order = match (left.next(), right.next()) {
             (None, None) => return a.cmp(b),
-            (Some(more), None) => if more.is_final() { Ordering::Greater } else { Ordering::Less },
-            (None, Some(more)) => if more.is_final() { Ordering::Less } else { Ordering::Greater },
+            (Some(more), None) => {
+                if more.is_final() {
+                    Ordering::Greater
+                } else {
+                    Ordering::Less
+                }
+            }
+            (None, Some(more)) => {
+                if more.is_final() {
+                    Ordering::Less
+                } else {
+                    Ordering::Greater
+                }
+            }
             (Some(left), Some(right)) => left.cmp(&right),
         };
         if order != Ordering::Equal {
@@ -256,6 +318,20 @@ mod tests {
     }
 
     #[test]
+    fn the_length_of_a_history_is_found_in_few_questions() {
+        for length in [0, 1, 63, 64, 65, 1000, 80_000, 5_000_000, u32::MAX] {
+            let mut search = Search::new("t");
+            let mut asked = 0;
+            while let Some(depth) = search.next() {
+                search.told(depth, depth < length);
+                asked += 1;
+            }
+            assert!(search.length() >= length.min(DEEPEST) && asked <= 36, "{length}: {asked}");
+            assert!(search.length() - search.low <= (search.length() / 32).max(1), "{length}");
+        }
+    }
+
+    #[test]
     fn units_are_as_long_as_a_minute_or_half_of_what_transfers_live() {
         // A tenth of everything in ten minutes: a minute is a hundredth.
         let plan = Plan::new("t", 5000, &measure(10 << 20, 600_000, 1000, 10_000));
@@ -292,8 +368,7 @@ mod tests {
     fn versions_are_ordered_as_people_read_them() {
         let mut names = ["v10.0", "v2.0", "v1.2", "v1.10", "v1.2-rc2", "v1.2.1", "v1.2-rc10", "2024-01-02", "v1.2-rc1"];
         names.sort_by(|a, b| by_version(a, b));
-        let ordered =
-            ["2024-01-02", "v1.2-rc1", "v1.2-rc2", "v1.2-rc10", "v1.2", "v1.2.1", "v1.10", "v2.0", "v10.0"];
+        let ordered = ["2024-01-02", "v1.2-rc1", "v1.2-rc2", "v1.2-rc10", "v1.2", "v1.2.1", "v1.10", "v2.0", "v10.0"];
         let (dated, named): (Vec<&str>, Vec<&str>) = names.into_iter().partition(|name| name.starts_with('2'));
         assert_eq!(dated, ordered[..1]);
         assert_eq!(named, ordered[1..]);
