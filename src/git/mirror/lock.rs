@@ -24,6 +24,9 @@ use crate::{
 /// How often a lock that somebody holds is tried again.
 pub(super) const POLL: Duration = Duration::from_millis(50);
 
+/// How often an exclusive lock is tried for before somebody is taken to use the mirror.
+const TRIES: usize = 4;
+
 /// Takes the shared lock at `path`, which waits only for upkeep that takes something out of the mirror.
 ///
 /// # Errors
@@ -53,7 +56,22 @@ fn try_shared(path: &Path) -> io::Result<Option<File>> {
 }
 
 /// Takes the exclusive lock at `path` if nobody uses the mirror; `None` also where there is no such lock.
+///
+/// It is tried a few times: a process that is just being started has our descriptors for a moment, and their locks.
 pub(super) fn exclusive(path: &Path) -> io::Result<Option<File>> {
+    for _ in 0..TRIES {
+        if let Some(file) = try_exclusive(path)? {
+            return Ok(Some(file));
+        }
+        if !path.exists() {
+            return Ok(None);
+        }
+        std::thread::sleep(POLL);
+    }
+    try_exclusive(path)
+}
+
+fn try_exclusive(path: &Path) -> io::Result<Option<File>> {
     let file = match OpenOptions::new().write(true).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other?,

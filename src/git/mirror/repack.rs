@@ -87,10 +87,10 @@ impl Mirrors {
             progress: &|_| (),
             fence: &Always,
         };
-        // Nobody removes the mirror meanwhile.
-        let shared = lock::shared(self.lock_path(key), &run).await?;
         if self.settings.repack == Repack::Git {
             let order = Request { mirror: self.path(key) };
+            // Nobody removes the mirror meanwhile.
+            let shared = lock::shared(self.lock_path(key), &run).await?;
             let repacked: Repacked = self.children.run(Role::Upkeep, &order, Vec::new(), &run).await?;
             drop(shared);
             if repacked == Repacked::Ready {
