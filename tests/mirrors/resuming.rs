@@ -33,7 +33,8 @@ struct Link {
 }
 
 impl Link {
-    fn to(server: &str) -> Self {
+    /// With `old` the client's wish for version 2 of the protocol is not passed on.
+    fn to(server: &str, rate: u64, old: bool) -> Self {
         let far: SocketAddr = format!("127.0.0.1:{}", server.rsplit(':').next().unwrap()).parse().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -44,9 +45,9 @@ impl Link {
             for near in listener.incoming().flatten() {
                 let Ok(far) = TcpStream::connect(far) else { continue };
                 let (near_in, far_in) = (near.try_clone().unwrap(), far.try_clone().unwrap());
-                std::thread::spawn(move || drop(std::io::copy(&mut &near_in, &mut &far_in)));
+                std::thread::spawn(move || drop(ask(near_in, far_in, old)));
                 let count = Arc::clone(&count);
-                std::thread::spawn(move || carry(far, near, &count));
+                std::thread::spawn(move || carry(far, near, rate, &count));
             }
         });
         Self { port, carried }
@@ -61,7 +62,20 @@ impl Link {
     }
 }
 
-fn carry(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64) {
+fn ask(mut from: TcpStream, mut to: TcpStream, old: bool) -> std::io::Result<()> {
+    let mut buffer = [0; 16 << 10];
+    while let read @ 1.. = from.read(&mut buffer)? {
+        let wish = b"version=2";
+        let at = buffer[..read].windows(wish.len()).position(|window| window.eq_ignore_ascii_case(wish));
+        if let Some(at) = at.filter(|_| old) {
+            buffer[at..at + wish.len()].copy_from_slice(b"version=0");
+        }
+        to.write_all(&buffer[..read])?;
+    }
+    to.shutdown(Shutdown::Write)
+}
+
+fn carry(mut from: TcpStream, mut to: TcpStream, rate: u64, count: &AtomicU64) {
     let mut buffer = [0; 8192];
     let begun = Instant::now();
     let mut sent = 0_u64;
@@ -71,7 +85,7 @@ fn carry(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64) {
         }
         sent += read as u64;
         count.fetch_add(read as u64, Ordering::SeqCst);
-        let due = Duration::from_millis(sent * 1000 / RATE);
+        let due = Duration::from_millis(sent * 1000 / rate);
         std::thread::sleep(due.saturating_sub(begun.elapsed()));
     }
     for stream in [from, to] {
@@ -125,7 +139,6 @@ fn bytes_of(packs: &[std::path::PathBuf]) -> Vec<u64> {
 
 /// Kills every transfer child of this node, as the kernel would.
 fn kill(storage: &Path) -> usize {
-    let _ = storage;
     crate::world::kill_children(storage, "transfer")
 }
 
@@ -154,10 +167,10 @@ async fn fetch_under_fire(node: &Node, url: &str) -> (Fetched, usize) {
     panic!("it never came to an end");
 }
 
-async fn completes(tags: bool) {
+async fn completes(tags: bool, old: bool) {
     let upstream = long_history(tags);
     let server = Server::start(upstream.root());
-    let link = Link::to(server.url("").trim_end_matches('/'));
+    let link = Link::to(server.url("").trim_end_matches('/'), RATE, old);
     let node = Node::new().await;
     upstream.git(&["repack", "-adq"]);
     let size: u64 = bytes_of(&packs(&upstream.path())).iter().sum();
@@ -193,10 +206,31 @@ async fn completes(tags: bool) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_transfers_killed_all_the_time_a_history_with_tags_comes_in_units() {
-    completes(true).await;
+    completes(true, false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_transfers_killed_all_the_time_a_history_without_tags_comes_in_units() {
-    completes(false).await;
+    completes(false, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upstream_that_cannot_be_asked_where_to_cut_is_cut_at_its_tags() {
+    completes(true, true).await;
+}
+
+#[tokio::test]
+async fn a_fetch_that_would_miss_its_deadline_goes_over_to_units_at_once() {
+    let upstream = long_history(false);
+    let server = Server::start(upstream.root());
+    let link = Link::to(server.url("").trim_end_matches('/'), RATE / 2, false);
+    let node = Node::new().await;
+    let bounds = Bounds { deadline: Duration::from_secs(9), ..Bounds::default() };
+    let failure = node.fetch_as(&link.url(), None, &Want::All, bounds).await.unwrap_err();
+    assert_eq!(failure.class, haul::failure::ErrorClass::Timeout, "{failure}");
+    // What came after the fifth second is kept.
+    let mirror = node.storage.path().join(".haul/mirrors").join(&node.names()[0]);
+    assert!(!packs(&mirror).is_empty() && mirror.join("refs/haul/milestone").exists());
+    let fetched = node.fetch(&server.url("app.git")).await;
+    assert_sound(&fetched.unwrap().path);
 }

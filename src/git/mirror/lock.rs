@@ -23,7 +23,6 @@ use crate::{
 
 /// How often a lock that somebody holds is tried again.
 pub(super) const POLL: Duration = Duration::from_millis(50);
-
 /// How often an exclusive lock is tried for before somebody is taken to use the mirror.
 const TRIES: usize = 4;
 

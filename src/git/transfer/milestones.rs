@@ -30,7 +30,7 @@ const SHALLOW: u32 = 64;
 /// No history is deeper.
 const DEEPEST: u32 = 1 << 30;
 /// How long a rate is measured before it is believed.
-const MEASURED: Duration = Duration::from_secs(10);
+const MEASURED: Duration = Duration::from_secs(5);
 
 /// What is remembered of transfers into one mirror until all is there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -306,7 +306,7 @@ mod tests {
     fn a_rate_that_cannot_meet_the_deadline_is_seen_in_time() {
         let left = Duration::from_mins(5);
         for (seen, slow) in [
-            (measure(1 << 20, 9_000, 1, 1000), false),
+            (measure(1 << 20, 4_000, 1, 1000), false),
             (measure(1 << 20, 20_000, 10, 1000), true),
             (measure(1 << 20, 20_000, 100, 1000), false),
             (measure(1 << 20, 20_000, 0, 0), false),
