@@ -142,7 +142,7 @@ pub struct TaskResult {
 /// How far a running task is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Progress {
-    /// What is being done: `connecting`, `receiving`, `resolving`, `checkout`, `removing`.
+    /// What is being done: `connecting`, `waiting`, `receiving`, `resolving`, `checkout`, `removing`.
     pub phase: String,
     /// Units done.
     #[serde(default)]
