@@ -26,7 +26,7 @@ use crate::{
     failure::{ErrorClass, Failure},
     git::{
         Fence, Run,
-        child::{Reporter, Role, serve},
+        child::{Access, Confined, Reporter, Role, serve},
         settings::Repack,
         transfer,
     },
@@ -52,6 +52,12 @@ const BASELINE: &str = "repacked";
 pub(in crate::git) struct Request {
     /// The mirror.
     pub(in crate::git) mirror: PathBuf,
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        Access { writes: vec![self.mirror.clone()], programs: true, ..Access::default() }
+    }
 }
 
 /// What it answers.
@@ -208,12 +214,13 @@ pub(super) fn settle(mirror: &Path) -> io::Result<()> {
 
 /// `haul child upkeep`.
 pub(in crate::git) fn main() -> ExitCode {
+    // It is nobody's task: everything else goes first. Shut in, it could not say so any more.
+    let _ = rustix::process::nice(19);
     serve(|request: Request, reporter| repack(&request, reporter))
 }
 
-/// Writes all packs of a mirror into one, beside them. It is nobody's task: everything else goes first.
+/// Writes all packs of a mirror into one, beside them.
 fn repack(request: &Request, reporter: &Reporter) -> Result<Repacked, Failure> {
-    let _ = rustix::process::nice(19);
     let place = request.mirror.join(PLACE);
     if place.join(REPLACES).exists() {
         // Made before, and waiting for its moment.

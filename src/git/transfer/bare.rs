@@ -275,7 +275,8 @@ fn connects(
         let message = format!("the upstream sent history with a hole in it: {id} cannot be read ({error})");
         Failure::new(ErrorClass::Corrupt, message)
     };
-    let mut waiting: VecDeque<ObjectId> = wants.iter().filter_map(|oid| id(oid)).filter(|id| now.has_object(*id)).collect();
+    let mut waiting: VecDeque<ObjectId> =
+        wants.iter().filter_map(|oid| id(oid)).filter(|id| now.has_object(*id)).collect();
     let mut seen: HashSet<ObjectId> = waiting.iter().copied().collect();
     let mut count = 0_usize;
     while let Some(id) = waiting.pop_front().filter(|_| count < MOST_PROVEN) {
