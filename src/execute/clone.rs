@@ -144,7 +144,7 @@ async fn made(
     run: &Run<'_>,
 ) -> Result<TaskResult, Failure> {
     git.reserve.check_copy(&fetched.path).await?;
-    copy_objects(fetched, staging, run).await?;
+    copy_objects(git, fetched, staging, run).await?;
     let order = Make {
         url: work.url.as_str().to_owned(),
         listing: fetched.listing.clone(),
@@ -171,9 +171,14 @@ async fn made(
 }
 
 /// Copies what the mirror holds; ends early when the run does.
-async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) -> Result<(), Failure> {
+async fn copy_objects(
+    git: &GitExecutor,
+    fetched: &Fetched,
+    staging: &Arc<Staging>,
+    run: &Run<'_>,
+) -> Result<(), Failure> {
     let (mirror, staged) = (fetched.path.clone(), Arc::clone(staging));
-    let (cancel, deadline) = (run.cancel.clone(), run.deadline.into_std());
+    let (cancel, deadline, reserve) = (run.cancel.clone(), run.deadline.into_std(), git.reserve.clone());
     let (tell, mut told) = tokio::sync::watch::channel(0_u64);
     let copy = blocking(move || {
         let mut bytes = 0;
@@ -186,7 +191,7 @@ async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) 
             if Instant::now() > deadline {
                 return Err(Failure::new(ErrorClass::Timeout, "the deadline of this attempt passed"));
             }
-            Ok(())
+            reserve.still()
         })
     });
     tokio::pin!(copy);
@@ -196,7 +201,7 @@ async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) 
             changed = told.changed() => match changed {
                 Ok(()) => {
                     let bytes = *told.borrow_and_update();
-                    (run.progress)(Progress { phase: "checkout".to_owned(), done: 0, total: None, bytes });
+                    (run.progress)(Progress { phase: "copying".to_owned(), bytes, ..Progress::default() });
                 }
                 Err(_) => return copy.await,
             },

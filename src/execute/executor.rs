@@ -11,8 +11,8 @@ use bytesize::ByteSize;
 use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Reserve, status};
 use crate::{
     failure::Failure,
-    git::{Budget, Children, Confinement, GitSettings, Mirrors, Projects, Run, Stamp, Support},
-    protocol::{ProjectId, Task, TaskResult, Work},
+    git::{Budget, Children, Confinement, GitSettings, Mirrors, Projects, Run, Stamp, Support, owner::barred},
+    protocol::{HostState, ProjectId, Task, TaskResult, Work},
 };
 
 /// Executes tasks on the projects of one agent.
@@ -45,9 +45,17 @@ impl GitExecutor {
         support.allow(settings)?;
         support.warn(settings);
         let children = Children::new(program, settings.kill_grace)?.confined(Confinement::from(settings));
-        let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
+        let mirrors = Mirrors::open(storage, settings, children.clone()).await?.keeping_free(reserve.bytes());
         let path = projects.to_owned();
-        let projects = blocking(move || Projects::open(&path)).await?;
+        let other_owners = settings.has_other_owners(support.own);
+        let projects = blocking(move || {
+            let projects = Projects::open(&path)?;
+            if let Some(barred) = barred(&path).filter(|_| other_owners) {
+                tracing::warn!(path = %barred.display(), "the owners of projects cannot pass this directory: chmod o+x");
+            }
+            Ok(projects)
+        })
+        .await?;
         let bound = projects.mirrored();
         mirrors.remove_unused(move |key| bound.contains(key)).await?;
         Ok(Self { settings: settings.clone(), children, mirrors, projects: Arc::new(projects), reserve })
@@ -117,8 +125,12 @@ impl Execute for GitExecutor {
         let longest = self.settings.max_timeout;
         Limits {
             timeout: task.timeout.unwrap_or(self.settings.timeout).min(longest),
-            stall: task.stall.unwrap_or(self.settings.stall).min(longest),
+            stall: task.stall.unwrap_or(self.settings.stall).min(self.settings.max_stall).min(longest),
         }
+    }
+
+    fn hosts(&self) -> Vec<HostState> {
+        self.mirrors.hosts()
     }
 
     async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure> {

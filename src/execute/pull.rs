@@ -79,6 +79,7 @@ async fn once(
             refs,
             interrupted: noted.map(|note| (note.old, note.new)),
             reset: work.on_conflict == OnConflict::Reset,
+            reserve: git.reserve.bytes(),
             backup: (Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string(), job.task.id.as_str().to_owned()),
             budget: git.budget(),
         };

@@ -39,6 +39,14 @@ impl Reserve {
         .await
     }
 
+    /// Refuses to go on with a project where less is free by now than is to stay free.
+    ///
+    /// # Errors
+    /// `disk`, which waits without spending attempts.
+    pub(super) fn still(&self) -> Result<(), Failure> {
+        room(&self.projects, "projects", 0, self.bytes)
+    }
+
     /// Refuses a project whose objects, those of `mirror`, would use up what is to stay free.
     ///
     /// Where the file system shares what it copies they need less; the caution is kept all the same.

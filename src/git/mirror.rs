@@ -26,16 +26,12 @@ use self::{
     upkeep::Upkeep,
 };
 use super::{
-    Run,
-    child::{Children, Role},
-    credential::CredentialFile,
-    policy::Policy,
-    settings::GitSettings,
-    transfer,
+    Run, child::Children, credential::CredentialFile, hosts::Hosts, policy::Policy, room::blamed,
+    settings::GitSettings, transfer,
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    protocol::{CredentialName, GitUrl, Scheme},
+    protocol::{CredentialName, GitUrl, HostState, Progress, Scheme},
 };
 
 pub(super) use self::{
@@ -111,6 +107,9 @@ pub struct Mirrors {
     settings: GitSettings,
     policy: Policy,
     children: Children,
+    hosts: Arc<Hosts>,
+    /// How many bytes of the disk are to stay free.
+    reserve: u64,
     /// One writer at a time into each mirror.
     flights: Arc<Flights>,
     /// What is done for the mirrors beside the tasks.
@@ -161,9 +160,18 @@ impl Mirrors {
             settings: settings.clone(),
             policy: Policy::from(settings),
             children,
+            hosts: Arc::new(Hosts::new(settings)),
+            reserve: 0,
             flights: Arc::default(),
             upkeep: Arc::default(),
         })
+    }
+
+    /// The same, and no transfer goes on where fewer bytes than `reserve` are free.
+    #[must_use]
+    pub fn keeping_free(mut self, reserve: u64) -> Self {
+        self.reserve = reserve;
+        self
     }
 
     /// What can be said about an address without asking anybody: scheme, host patterns, literal addresses.
@@ -194,12 +202,13 @@ impl Mirrors {
     ) -> Result<Fetched, Failure> {
         self.allow(url)?;
         let file = match credential.filter(|_| url.scheme() != Scheme::File) {
-            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url.scheme())?),
+            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url)?),
             None => None,
         };
         let key = key(url.as_str(), credential.map(CredentialName::as_str));
         let begun = SystemTime::now();
-        let lock = lock::shared(self.lock_path(&key), run).await?;
+        let lock = lock::shared(self.lock_path(&key), run).await;
+        let lock = lock.map_err(|failure| blamed(failure, &[&self.directory]))?;
         let request = self.request(url, file, want, &key, run);
         // A transfer that is dropped or fails may leave something to sweep.
         let mut lease = Lease { lock: Some(lock), mirrors: self.clone(), request, changed: true };
@@ -237,6 +246,12 @@ impl Mirrors {
         })
     }
 
+    /// How the hosts are that have transfers or are left alone.
+    #[must_use]
+    pub fn hosts(&self) -> Vec<HostState> {
+        self.hosts.states()
+    }
+
     /// What a transfer child is told.
     fn request(
         &self,
@@ -246,13 +261,17 @@ impl Mirrors {
         key: &str,
         run: &Run<'_>,
     ) -> transfer::Request {
+        let of_host = self.settings.of_host(url.host());
         transfer::Request {
             url: url.as_str().to_owned(),
             mirror: self.path(key),
             want: want.clone(),
             credential,
             policy: self.policy.clone(),
-            ca_file: self.settings.ca_file.clone(),
+            ca_file: of_host.ca_file,
+            proxy: of_host.proxy,
+            reserve: self.reserve,
+            engine: self.settings.transport,
             known_hosts: self.settings.known_hosts.clone(),
             max_bytes: self.settings.max_bytes.as_u64(),
             time_left: run.deadline.saturating_duration_since(tokio::time::Instant::now()),
@@ -269,10 +288,24 @@ impl Mirrors {
         if let Err(error) = DirBuilder::new().recursive(true).mode(0o700).create(&request.mirror) {
             return (Err(error.into()), None);
         }
+        let pass = match GitUrl::parse(&request.url) {
+            Ok(url) => self.hosts.enter(&url, run).await,
+            Err(error) => Err(error.into()),
+        };
+        let pass = match pass {
+            Ok(pass) => pass,
+            Err(failure) => return (Err(failure), None),
+        };
+        let progress = |progress: Progress| {
+            pass.watch(&progress);
+            (run.progress)(progress);
+        };
+        let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
         let desk = Desk::new(self.flights.of(key), run);
         let answer = |question| desk.answer(question);
-        let landed = self.children.run_asking(Role::Transfer, request, Vec::new(), run, answer).await;
-        (landed, desk.into_turn())
+        let fallback = self.settings.transport_fallback;
+        let landed = transfer::run(&self.children, request.clone(), fallback, &watched, answer).await;
+        (pass.settle(landed), desk.into_turn())
     }
 
     /// Removes the directory of a transfer that came to nothing, and its lock, if nobody else uses them: a thousand

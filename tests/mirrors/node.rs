@@ -59,6 +59,7 @@ impl Node {
         let mut settings = GitSettings {
             allow_http: true,
             allow_loopback: true,
+            host_limit: 64,
             credentials_path: Some(credentials),
             ..GitSettings::default()
         };

@@ -90,6 +90,8 @@ impl<'a> Desk<'a> {
         Box::pin(async move {
             let wrong = |error: serde_json::Error| Failure::internal(format!("a transfer child asked: {error}"));
             let waited = match serde_json::from_value(question).map_err(wrong)? {
+                // A second engine goes on where the first one failed.
+                transfer::Question::Turn if held.lock().unwrap_or_else(PoisonError::into_inner).is_some() => false,
                 transfer::Question::Turn => {
                     let (turn, waited) = flight.turn(run).await?;
                     *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(turn);

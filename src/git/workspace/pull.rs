@@ -48,6 +48,8 @@ pub(crate) struct Pull {
     pub(crate) interrupted: Option<(Option<String>, String)>,
     /// Whether what is in the way is kept under a ref and overwritten.
     pub(crate) reset: bool,
+    /// How many bytes of the disk are to stay free.
+    pub(crate) reserve: u64,
     /// For the name of that ref: a time and the task.
     pub(crate) backup: (String, String),
     /// How much may be written.
@@ -85,7 +87,7 @@ pub(super) fn run(directory: &Dir, order: &Pull, reporter: &Reporter) -> Result<
     waiting::sweep(&repo)?;
     let waiting = Waiting::new(&repo)?;
     if let Some(pack) = order.pack {
-        receive::receive(&repo, &waiting, pack, reporter)?;
+        receive::receive(&repo, &waiting, pack, order.reserve, reporter)?;
     }
     if repo.state() != RepositoryState::Clean {
         return Err(Failure::conflict("a merge, rebase or the like is under way in the project; finish or abort it"));
@@ -200,6 +202,8 @@ impl Work<'_> {
         let paths: Vec<Vec<u8>> = changes.iter().filter(written).map(|change| change.path.clone()).collect();
         let paths: Vec<&[u8]> = paths.iter().map(Vec::as_slice).collect();
         let stage = Stage::new(self.repo, self.waiting, new_tree.id(), &paths)?;
+        // A device that fails is to fail before anything of the project is exchanged for what it may have lost.
+        rustix::fs::syncfs(self.root).map_err(std::io::Error::from)?;
         self.reporter.step();
         let mut way = plan::in_the_way(self.root, &copied.index, &changes, self.reporter)?;
         if !way.is_empty() {
@@ -327,11 +331,12 @@ impl Work<'_> {
                 continue;
             }
             let written = self.repo.reference(name, id, !tag, "pull: from upstream");
-            // A name that became the directory of another, or the reverse, waits for the user's own prune.
-            if let Err(error) = written
-                && main.as_ref() == Some(name)
-            {
-                return Err(fault("a remote-tracking ref cannot be written", &error));
+            if let Err(error) = written {
+                let failure = fault("a remote-tracking ref cannot be written", &error);
+                // A name that became the directory of another, or the reverse, waits for the user's own prune.
+                if main.as_ref() == Some(name) || failure.class == ErrorClass::Disk {
+                    return Err(failure);
+                }
             }
         }
         Ok(())
