@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use super::{
     Job,
     executor::{GitExecutor, blocking, stamp},
+    extras,
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -140,6 +141,7 @@ async fn made(
         reserve: git.reserve.bytes(),
     };
     let made = workspace::make(&git.children.of(staging.owner), staging.handle()?, order, run).await?;
+    extras::add(git, work, fetched, staging, run).await?;
     let staged = Arc::clone(staging);
     blocking(move || staged.flush()).await?;
     Ok(TaskResult {

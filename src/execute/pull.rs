@@ -72,6 +72,8 @@ pub(super) async fn execute(
         received_bytes: Some(fetched.received_bytes),
         updated: Some(pulled.updated),
         backup_ref: pulled.backup_ref,
+        submodules_changed: Some(pulled.submodules).filter(|&count| count > 0),
+        lfs_changed: Some(pulled.pointers).filter(|&count| count > 0),
         ..TaskResult::default()
     })
 }

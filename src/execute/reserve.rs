@@ -64,4 +64,18 @@ impl Reserve {
         })
         .await
     }
+
+    /// Refuses LFS files of so many bytes where their `objects`, kept once beside the mirror and once in the project,
+    /// would use up what is to stay free with them.
+    ///
+    /// # Errors
+    /// `disk`, which waits without spending attempts.
+    pub(super) async fn check_lfs(&self, objects: u64, files: u64) -> Result<(), Failure> {
+        let own = self.clone();
+        blocking(move || {
+            room(&own.storage, "mirrors", objects, own.bytes)?;
+            room(&own.projects, "projects", objects.saturating_add(files), own.bytes)
+        })
+        .await
+    }
 }

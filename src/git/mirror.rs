@@ -1,5 +1,6 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod lfs;
 mod upkeep;
 
 use std::{
@@ -106,9 +107,9 @@ pub struct Mirrors {
     settings: GitSettings,
     policy: Policy,
     children: Children,
+    hosts: Hosts,
     /// How many bytes of the disk are to stay free.
     reserve: u64,
-    hosts: Hosts,
     /// One transfer at a time into each mirror.
     flights: Mutex<HashMap<String, Weak<Flight>>>,
 }
@@ -131,8 +132,8 @@ impl Mirrors {
             settings: settings.clone(),
             policy: Policy::from(settings),
             children,
-            reserve: 0,
             hosts: Hosts::new(settings),
+            reserve: 0,
             flights: Mutex::default(),
         })
     }

@@ -14,6 +14,7 @@
 
 mod binding;
 mod dir;
+mod inner;
 mod notes;
 mod objects;
 mod remove;

@@ -18,6 +18,7 @@ pub enum Engine {
     Git,
 }
 
+pub(super) use host::of as of_tables;
 pub use host::{HostSettings, Proxy};
 
 use super::{child::Sandbox, owner::Owners};

@@ -9,6 +9,7 @@ mod budget;
 mod command;
 mod gitoxide;
 mod http;
+mod lfs;
 mod meter;
 mod process;
 mod status;
@@ -24,7 +25,9 @@ use std::{
 use gix_transport::{Protocol, client::blocking_io::http::connect_http};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::lfs::{LfsAnswer, LfsRequest};
 use self::{
+    address::Route,
     bare::Bare,
     budget::Budget,
     command::GitCommand,
@@ -126,6 +129,23 @@ trait Transport {
     fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure>;
 }
 
+/// What a transfer child may be told; the fields of the two have different names.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Order {
+    Lfs(LfsRequest),
+    Fetch(Box<Request>),
+}
+
+impl Confined for Order {
+    fn access(&self) -> Access {
+        match self {
+            Self::Lfs(request) => request.access(),
+            Self::Fetch(request) => request.access(),
+        }
+    }
+}
+
 /// Has a child do `request`. With `fallback`, what the first engine could not do for a reason of its own is tried again
 /// with the `git` command, in the same attempt.
 ///
@@ -160,7 +180,14 @@ pub(super) async fn run(
 
 /// `haul child transfer`.
 pub(super) fn main() -> ExitCode {
-    serve(|request: Request, reporter| transfer(&request, reporter))
+    serve(|order: Order, reporter| match order {
+        Order::Lfs(request) => value(lfs::fetch(&request, reporter)?),
+        Order::Fetch(request) => value(transfer(&request, reporter)?),
+    })
+}
+
+fn value(answer: impl Serialize) -> Result<serde_json::Value, Failure> {
+    serde_json::to_value(answer).map_err(|error| Failure::internal(error.to_string()))
 }
 
 fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {
@@ -194,12 +221,7 @@ fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<
             return Ok(Box::new(Gitoxide::new(connect_http(http, address, Protocol::V2, false), bounds, meter)));
         }
         Scheme::Ssh => {
-            if request.proxy.as_ref().is_some_and(|proxy| proxy.address().is_some()) {
-                let message =
-                    format!("the host {} is reached through a proxy, which takes no ssh; use https", url.host());
-                return Err(Failure::forbidden(message));
-            }
-            let address = address::lookup(url.host(), url.port(), &request.policy, &address::system)?[0].ip();
+            let address = Route::of(request, url, &address::system)?.for_ssh(url)?;
             let key = request.credential.as_ref().map(|file| file.path.as_path());
             Program::ssh(url, address, key, request.known_hosts.as_deref())?
         }
@@ -257,4 +279,38 @@ fn unless_absent(failure: Failure, oid: &str) -> Failure {
         return Failure::new(ErrorClass::NotFound, format!("the upstream has no commit {oid}"));
     }
     failure
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::git::GitSettings;
+
+    #[test]
+    fn a_transfer_child_writes_one_mirror_and_runs_programs_only_where_the_scheme_needs_them() {
+        let access = |url: &str| {
+            let request = Request {
+                url: url.to_owned(),
+                mirror: "/m.git".into(),
+                want: Want::All,
+                credential: None,
+                policy: Policy::from(&GitSettings::default()),
+                ca_file: Some("/ca.pem".into()),
+                proxy: None,
+                known_hosts: None,
+                max_bytes: 1,
+                reserve: 0,
+                engine: Engine::Gix,
+            };
+            request.access()
+        };
+        let https = access("https://git.example/x.git");
+        let wanted =
+            Access { reads: vec!["/ca.pem".into()], writes: vec!["/m.git".into()], network: true, ..Access::default() };
+        assert_eq!(https, wanted);
+        assert!(access("ssh://git@git.example/x.git").programs);
+        let file = access("file:///srv/x.git");
+        assert!(file.programs && file.reads.contains(&PathBuf::from("/srv/x.git")));
+        assert!(!access("no address at all").programs);
+    }
 }

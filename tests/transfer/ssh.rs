@@ -31,7 +31,7 @@ impl Sshd {
         }
         let authorized: String = options
             .iter()
-            .map(|(key, option)| format!("{option}{}", fs::read_to_string(at(&format!("{key}.pub"))).unwrap()))
+            .map(|(key, option)| [option, fs::read_to_string(at(&format!("{key}.pub"))).unwrap().as_str()].concat())
             .collect();
         fs::write(at("authorized_keys"), authorized).unwrap();
         if run("id", &["-u"]) == "0" {

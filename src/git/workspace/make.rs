@@ -123,7 +123,7 @@ fn resolve(repo: &Repository, object: &str) -> Result<(ObjectId, ObjectId), Fail
     Ok((commit.id, tree))
 }
 
-fn check_out(
+pub(super) fn check_out(
     repo: &Repository,
     tree: ObjectId,
     root: &Path,
@@ -188,7 +188,7 @@ fn check_out(
 }
 
 /// The library's errors do not tell a full disk from a fault; the disk itself does.
-fn write_fault(root: &Path, error: &str) -> Failure {
+pub(super) fn write_fault(root: &Path, error: &str) -> Failure {
     blamed(Failure::internal(format!("the first checkout failed: {error}")), &[root])
 }
 
@@ -196,7 +196,7 @@ fn id(hex: &str) -> Result<ObjectId, Failure> {
     ObjectId::from_hex(hex.as_bytes()).map_err(|_| Failure::internal(format!("{hex:?} is not an object id")))
 }
 
-fn damaged(error: &dyn std::fmt::Display) -> Failure {
+pub(super) fn damaged(error: &dyn std::fmt::Display) -> Failure {
     Failure::new(ErrorClass::Corrupt, format!("the upstream's history cannot be read: {error}"))
 }
 

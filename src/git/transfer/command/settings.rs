@@ -2,20 +2,19 @@
 //!
 //! The credential is in it, and so neither in an argument nor in an environment nor on a disk.
 
-use std::{
-    fs::File,
-    io::Write as _,
-    net::{IpAddr, SocketAddr},
-    path::Path,
-};
+use std::{fs::File, io::Write as _, net::IpAddr, path::Path};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use secrecy::{ExposeSecret, SecretString};
 
-use super::super::{Request, address, process::Program as Ssh};
+use super::super::{
+    Request,
+    address::{self, Route},
+    process::Program as Ssh,
+};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{credential::Login, policy::Policy, settings::Proxy},
+    git::credential::Login,
     protocol::{GitUrl, Scheme},
 };
 
@@ -70,28 +69,15 @@ impl Settings {
         }
         match url.scheme() {
             Scheme::Https | Scheme::Http => {
-                let addresses = match proxy(request) {
-                    // It resolves names itself: patterns rule, and nothing is pinned.
-                    Some(proxy) => {
-                        request.policy.allow_unresolved(url.host())?;
-                        put(&mut text, "http", &[("proxy", proxy)])?;
-                        Vec::new()
-                    }
-                    None => address::lookup(url.host(), url.port(), &request.policy, &address::system)?,
-                };
+                let route = Route::of(request, url, &address::system)?;
                 let login = request.credential.as_ref().map(|file| file.login(url.host())).transpose()?;
-                if url.scheme() == Scheme::Http && login.is_some() {
-                    encrypted_or_here(url.host(), &addresses)?;
+                if login.is_some() {
+                    route.takes_login(url)?;
                 }
-                http(&mut text, url, &addresses, login.as_ref(), request.ca_file.as_deref())?;
+                http(&mut text, url, &route, login.as_ref(), request.ca_file.as_deref())?;
             }
             Scheme::Ssh => {
-                if proxy(request).is_some() {
-                    let message =
-                        format!("the host {} is reached through a proxy, which takes no ssh; use https", url.host());
-                    return Err(Failure::forbidden(message));
-                }
-                let address = address::lookup(url.host(), url.port(), &request.policy, &address::system)?[0].ip();
+                let address = Route::of(request, url, &address::system)?.for_ssh(url)?;
                 let key = request.credential.as_ref().map(|file| file.path.as_path());
                 let ssh = Ssh::ssh(url, address, key, request.known_hosts.as_deref())?;
                 put(&mut text, "core", &[("sshCommand", &ssh_command(&ssh, address)?)])?;
@@ -113,23 +99,22 @@ impl Settings {
     }
 }
 
-/// The address of the proxy that leads to the upstream.
-fn proxy(request: &Request) -> Option<&str> {
-    request.proxy.as_ref().and_then(Proxy::address)
-}
-
 fn http(
     text: &mut String,
     url: &GitUrl,
-    addresses: &[SocketAddr],
+    route: &Route<'_>,
     login: Option<&Login>,
     ca_file: Option<&Path>,
 ) -> Result<(), Failure> {
-    // What was checked is what is connected to; a literal address stands for itself.
-    if url.host().parse::<IpAddr>().is_err() && !addresses.is_empty() {
-        let addresses: Vec<String> = addresses.iter().map(|address| bracketed(address.ip())).collect();
-        let pinned = format!("{}:{}:{}", url.host(), url.port(), addresses.join(","));
-        put(text, "http", &[("curloptResolve", &pinned)])?;
+    match route {
+        // What was checked is what is connected to; a literal address stands for itself.
+        Route::Direct(addresses) if url.host().parse::<IpAddr>().is_err() => {
+            let addresses: Vec<String> = addresses.iter().map(|address| bracketed(address.ip())).collect();
+            let pinned = format!("{}:{}:{}", url.host(), url.port(), addresses.join(","));
+            put(text, "http", &[("curloptResolve", &pinned)])?;
+        }
+        Route::Direct(_) => {}
+        Route::Proxy(proxy) => put(text, "http", &[("proxy", proxy)])?,
     }
     if let Some(file) = ca_file {
         let unusable = || Failure::internal(format!("git.ca_file {} cannot be given to git", file.display()));
@@ -143,14 +128,6 @@ fn http(
         put(text, &section, &[("extraHeader", &header)])?;
     }
     Ok(())
-}
-
-/// A login is sent in the clear only to this machine itself.
-fn encrypted_or_here(host: &str, addresses: &[SocketAddr]) -> Result<(), Failure> {
-    if !addresses.is_empty() && addresses.iter().all(|address| Policy::is_loopback(address.ip())) {
-        return Ok(());
-    }
-    Err(Failure::forbidden(format!("a credential is not sent to {host} without encryption; use https")))
 }
 
 /// Our own client's arguments as a line of the shell, which git completes with host and command.
@@ -188,7 +165,7 @@ fn put(text: &mut String, section: &str, values: &[(&str, &str)]) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::git::settings::GitSettings;
+    use crate::git::{policy::Policy, settings::GitSettings};
 
     fn request(settings: &GitSettings) -> Request {
         Request {
