@@ -139,6 +139,9 @@ pub struct Failure {
     /// The upstream's host could not be reached at all, or a gateway before it said that it is down.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unreachable: bool,
+    /// The process that did the work was killed from outside: it says nothing about the work.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub killed: bool,
 }
 
 impl Failure {
@@ -151,6 +154,7 @@ impl Failure {
             retry_after: None,
             deferred: class == ErrorClass::Disk,
             unreachable: false,
+            killed: false,
         }
     }
 

@@ -11,6 +11,7 @@ pub mod owner;
 pub mod pack;
 pub(crate) mod pointer;
 pub mod policy;
+pub(crate) mod program;
 mod projects;
 mod room;
 pub mod run;

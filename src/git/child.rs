@@ -244,7 +244,7 @@ fn broken(role: Role, how: &str, ended: &Ended) -> Failure {
     if ended.said.contains("memory allocation of") {
         return Failure::new(ErrorClass::Quota, format!("{TOO_MUCH_MEMORY}: {message}"));
     }
-    Failure::internal(message)
+    Failure { killed: ended.killed, ..Failure::internal(message) }
 }
 
 /// `haul child <role>`: what the binary does when the agent starts it as a child.

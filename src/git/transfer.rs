@@ -201,8 +201,10 @@ pub(super) async fn run<'a>(
     answer: impl Fn(Value) -> BoxFuture<'a, Result<Value, Failure>> + Send + Sync,
 ) -> Result<Landed, Failure> {
     let first = children.run_asking(Role::Transfer, &request, Vec::new(), run, &answer).await;
-    let own =
-        |failure: &Failure| matches!(failure.class, ErrorClass::Corrupt | ErrorClass::Internal) && !failure.deferred;
+    // One that was killed shows nothing about the engine, and what it had received helps only the same one.
+    let own = |failure: &Failure| {
+        matches!(failure.class, ErrorClass::Corrupt | ErrorClass::Internal) && !failure.deferred && !failure.killed
+    };
     let failure = match first {
         Err(failure) if fallback && request.engine == Engine::Gix && own(&failure) && !run.cancel.is_cancelled() => {
             failure

@@ -51,8 +51,11 @@ impl Node {
         let storage = tempfile::tempdir().unwrap();
         let credentials = storage.path().join("credentials");
         fs::create_dir(&credentials).unwrap();
+        // One that is bound to no host is not sent anywhere.
+        let credentials_of_host = credentials.join("localhost");
+        fs::create_dir(&credentials_of_host).unwrap();
         for name in ["a", "b"] {
-            let path = credentials.join(format!("{name}.token"));
+            let path = credentials_of_host.join(format!("{name}.token"));
             fs::write(&path, name).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         }
@@ -60,6 +63,8 @@ impl Node {
             allow_http: true,
             allow_loopback: true,
             host_limit: 64,
+            // What is counted here is what one engine asks for.
+            transport_fallback: false,
             credentials_path: Some(credentials),
             ..GitSettings::default()
         };

@@ -138,7 +138,7 @@ async fn a_workspace_child_runs_as_the_owner_who_cannot_look_into_it() {
         "directory": directory.as_raw_fd(),
         "order": { "pull": {
             "pack": reader.as_raw_fd(), "branch": "main", "tip": "1".repeat(40), "refs": {}, "interrupted": null,
-            "reset": false, "backup": ["a", "b"], "budget": { "files": 10, "bytes": 10 },
+            "reset": false, "backup": ["a", "b"], "reserve": 0, "budget": { "files": 10, "bytes": 10 },
         } },
     });
     let owner = Some(Owner { uid: UID, gid: GID });

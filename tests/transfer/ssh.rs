@@ -280,6 +280,8 @@ async fn neither_the_environment_nor_a_users_settings_lead_ssh_astray() {
     });
     let stdin = child.stdin.as_mut().unwrap();
     writeln!(stdin, "{}", serde_json::json!({ "parent": std::process::id(), "request": request })).unwrap();
+    // It will ask whether it may write.
+    writeln!(stdin, "{}", serde_json::json!({ "Ok": { "waited": false } })).unwrap();
     let output = child.wait_with_output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.lines().last().unwrap().contains("\"done\""), "{said}");

@@ -27,6 +27,7 @@ use crate::{
     git::{
         Fence, Run,
         child::{Access, Confined, Reporter, Role, serve},
+        program::git,
         settings::Repack,
         transfer,
     },
@@ -277,18 +278,14 @@ fn repack(request: &Request, reporter: &Reporter) -> Result<Repacked, Failure> {
 
 /// Git with arguments of ours alone: no configuration but that of the mirror, which is ours, no hooks, no prompts.
 fn command(mirror: &Path, place: &Path) -> Command {
-    let mut command = Command::new("git");
+    let mut command = git();
     command
         .args(["-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", "-c", "maintenance.auto=false"])
         .args(["-c", "pack.writeReverseIndex=false", "--git-dir"])
         .arg(mirror)
         .args(["pack-objects", "-q", "--stdin-packs", "--delta-base-offset", "--threads=1", "--end-of-options"])
         .arg(place.join("pack"))
-        .env_clear()
-        .envs([("PATH", "/usr/local/bin:/usr/bin:/bin"), ("HOME", "/nonexistent"), ("LC_ALL", "C")])
-        .envs([("GIT_CONFIG_NOSYSTEM", "1"), ("GIT_CONFIG_GLOBAL", "/dev/null"), ("GIT_TERMINAL_PROMPT", "0")])
-        .envs([("GIT_NO_REPLACE_OBJECTS", "1"), ("GIT_NO_LAZY_FETCH", "1"), ("GIT_OPTIONAL_LOCKS", "0")])
-        .current_dir("/")
+        .env("GIT_OPTIONAL_LOCKS", "0")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());

@@ -11,7 +11,7 @@ use super::{
     said::{Heard, Listening},
     version::Version,
 };
-use crate::{failure::Failure, protocol::Scheme};
+use crate::{failure::Failure, git::program::git, protocol::Scheme};
 
 /// A git that can be used.
 #[derive(Debug)]
@@ -57,23 +57,9 @@ impl Program {
     }
 
     fn bare(&self) -> Command {
-        // By its path: where the name has to be looked up in another PATH than ours, the standard library starts a program
-        // with the help of a pair of sockets, which the sandbox forbids.
-        let places = ["/usr/local/bin/git", "/usr/bin/git", "/bin/git"];
-        let found = places.into_iter().find(|place| Path::new(place).is_file());
-        let mut command = Command::new(found.unwrap_or("/usr/bin/git"));
-        command.env_clear().current_dir("/").envs([
-            ("PATH", "/usr/local/bin:/usr/bin:/bin"),
-            ("HOME", "/nonexistent"),
-            ("LC_ALL", "C"),
-            ("GIT_CONFIG_NOSYSTEM", "1"),
-            ("GIT_CONFIG_GLOBAL", "/dev/null"),
-            ("GIT_ATTR_NOSYSTEM", "1"),
-            ("GIT_TERMINAL_PROMPT", "0"),
-            ("GIT_ASKPASS", "/bin/false"),
+        let mut command = git();
+        command.envs([
             ("GIT_ALLOW_PROTOCOL", allowed(self.scheme)),
-            ("GIT_NO_REPLACE_OBJECTS", "1"),
-            ("GIT_NO_LAZY_FETCH", "1"),
             // Tells on the standard error what no other word of it does: whether the upstream spoke the protocol, and
             // how many bytes a pack had.
             ("GIT_TRACE2_EVENT", "2"),

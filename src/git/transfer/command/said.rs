@@ -183,7 +183,16 @@ pub(super) fn judge(host: &str, authorised: bool, doing: &str, words: &str) -> F
     }
     // A connection that breaks looks like a damaged pack to what reads it.
     let broken = ["RPC failed", "early EOF", "unexpected disconnect", "hung up", "Connection reset", "timed out"];
-    let damaged = ["index-pack", "bad object", "corrupt", "inflate", "unresolved delta", "pack signature", "bad pack"];
+    let damaged = [
+        "index-pack",
+        "bad object",
+        "corrupt",
+        "inflate",
+        "unresolved delta",
+        "pack signature",
+        "bad pack",
+        "did not send all necessary objects",
+    ];
     let (class, what) = if !refused && !has(&broken) && has(&damaged) {
         (ErrorClass::Corrupt, "what it sent is damaged")
     } else {
