@@ -5,6 +5,7 @@
 
 mod apply;
 mod backup;
+mod compare;
 mod guard;
 mod index;
 mod look;
@@ -14,6 +15,7 @@ mod plan;
 mod pull;
 mod pulse;
 mod receive;
+mod settings;
 mod skeleton;
 mod waiting;
 mod walk;

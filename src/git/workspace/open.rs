@@ -4,7 +4,10 @@ use std::{os::fd::AsFd, os::fd::AsRawFd, path::Path, sync::Once};
 
 use git2::{ConfigLevel, ErrorCode, Repository, RepositoryOpenFlags};
 
-use super::guard::{self, altered};
+use super::{
+    guard::{self, altered},
+    settings,
+};
 use crate::{
     failure::{ErrorClass, Failure},
     git::{child::Reporter, projects::Dir},
@@ -36,6 +39,7 @@ pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, F
             return Err(Failure::conflict(format!("the project uses {setting}, which the agent does not work with")));
         }
     }
+    settings::narrow(&repo, &config)?;
     Ok(repo)
 }
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     apply::{self, Stage},
-    backup,
+    backup, compare,
     index::Copied,
     look::{Head, head},
     open::{fault, open},
@@ -190,7 +190,7 @@ impl Work<'_> {
             None => None,
         };
         let new_tree = self.repo.find_commit(new).and_then(|commit| commit.tree()).map_err(unreadable)?;
-        let mut changes = plan::changes(self.repo, old_tree.as_ref(), &new_tree, self.order.budget, self.reporter)?;
+        let mut changes = compare::changes(self.repo, old_tree.as_ref(), &new_tree, self.order.budget, self.reporter)?;
         changes.sort_by(|a, b| a.path.cmp(&b.path));
         let mut copied = Copied::open(self.waiting)?;
         if self.waiting.git.look("index.lock")?.is_some() {
@@ -224,7 +224,7 @@ impl Work<'_> {
         if !way.is_empty() {
             self.keep_files(old, saved, &mut copied.index, &mut changes)?;
         }
-        apply::apply(self.root, &stage, &changes, self.reporter)?;
+        apply::apply(self.root, self.waiting, &stage, &changes, self.reporter)?;
         copied.put(self.waiting, self.root, &changes)?;
         self.point(branch, old, new)
     }
@@ -250,10 +250,10 @@ impl Work<'_> {
         for at in judged {
             let change = &mut changes[at];
             if let (Some(old), Some(stage)) = (change.old, &old_stage) {
-                change.also.extend(stage.side(&change.path, old)?);
+                change.allow(stage.side(&change.path, old)?);
             }
             if let Some(new) = change.new {
-                change.also.extend(stage.side(&change.path, new)?);
+                change.allow(stage.side(&change.path, new)?);
             }
         }
         Ok(())
