@@ -109,7 +109,8 @@ fn tree(dir: &Dir, depth: usize, objects: bool, seen: &mut usize, reporter: &Rep
             }
             // Packs are mapped piece by piece, and single objects are many.
             FileType::RegularFile if objects && !name.as_bytes().ends_with(b".idx") => {}
-            FileType::Socket if depth == 0 => {}
+            // That of git's own watcher; nothing opens it here.
+            FileType::Socket if depth == 0 && name == "fsmonitor--daemon.ipc" => {}
             _ => plain(dir, &name, LONGEST)?,
         }
     }

@@ -52,7 +52,8 @@ pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
         ErrorCode::Owner => {
             Failure::forbidden(format!("{what}: it belongs to another user than the agent; run the agent as its owner"))
         }
-        ErrorCode::Locked => Failure::conflict(format!("{what}: another program holds a lock ({message})")),
+        // The library calls a file locked that it may not read.
+        ErrorCode::Locked if !message.contains("Permission denied") => Failure::conflict(format!("{what}: another program holds a lock ({message})")),
         _ => altered(format!("{what}: {message}")),
     }
 }

@@ -196,6 +196,11 @@ impl Work<'_> {
         if self.waiting.git.look("index.lock")?.is_some() {
             return Err(waiting::locked());
         }
+        // Taken last of all: whoever holds it is not to find the files moved and the branch not.
+        let lock = format!("refs/heads/{branch}.lock");
+        if self.waiting.git.look(&lock).is_ok_and(|found| found.is_some()) {
+            return Err(waiting::held(&lock));
+        }
         let written = |change: &&Change| change.new.is_some_and(|side| !side.is_submodule());
         let paths: Vec<Vec<u8>> = changes.iter().filter(written).map(|change| change.path.clone()).collect();
         let paths: Vec<&[u8]> = paths.iter().map(Vec::as_slice).collect();
