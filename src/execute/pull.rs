@@ -178,9 +178,10 @@ async fn bring(
             Err(failure) if matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(pack.await.err().unwrap_or(failure)),
             Err(failure) => Err(failure),
         },
-        packed = &mut pack => {
-            packed?;
-            pull.await
+        packed = &mut pack => match (packed, pull.await) {
+            // Whoever reads no more says why; a pack that nobody reads has no cause of its own.
+            (Err(cut), Err(failure)) if matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(cut),
+            (_, pulled) => pulled,
         }
     }
 }

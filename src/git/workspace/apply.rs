@@ -18,7 +18,7 @@ use super::{
     waiting::Waiting,
 };
 use crate::{
-    failure::Failure,
+    failure::{ErrorClass, Failure},
     git::{child::Reporter, projects::Dir},
     protocol::Progress,
 };
@@ -35,7 +35,18 @@ impl Stage {
         let path = waiting.directory()?;
         let filled = fill(repo, &path, tree, paths);
         filled.map_err(|error| fault("files cannot be written beside their places", &error))?;
-        Ok(Self(Dir::open(&path)?))
+        Ok(Self(Dir::open(&path).map_err(among)?))
+    }
+
+    /// Asserts that every one of `paths` is there, before the first of them is moved.
+    pub(super) fn check(&self, paths: &[&[u8]]) -> Result<(), Failure> {
+        for path in paths {
+            if matches!(plan::find(&self.0, path)?, Found::Nothing | Found::Directory) {
+                let path = String::from_utf8_lossy(path);
+                return Err(Failure::new(ErrorClass::Corrupt, format!("{path} of the upstream cannot be checked out")));
+            }
+        }
+        Ok(())
     }
 
     /// What waits for `path`, as it stands there, and its length.

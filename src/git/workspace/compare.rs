@@ -104,15 +104,21 @@ impl Compare<'_> {
 
     /// The entries of a tree of the upstream.
     fn new_entries(&mut self, id: Oid, path: &[u8]) -> Result<Entries, Failure> {
-        let tree = self.repo.find_tree(id).map_err(|error| missing(path, &error))?;
-        let mut entries = Entries::new();
+        let tree = self.repo.find_tree(id).map_err(|error| damaged(path, error.message()))?;
+        let (mut entries, mut last) = (Entries::new(), Vec::new());
         for entry in &tree {
             self.count()?;
             let (name, side) = (entry.name_bytes(), Side::of(&entry));
             walk::check_name(name, kind(side)).map_err(|why| refused(path, name, why))?;
+            walk::check_mode(entry.filemode_raw().cast_unsigned()).map_err(|why| damaged(path, why))?;
             if entries.insert(name.to_owned(), side).is_some() {
                 return Err(refused(path, name, "is there twice"));
             }
+            let place = walk::place(name, side.is_directory());
+            if place <= last {
+                return Err(damaged(path, walk::OUT_OF_ORDER));
+            }
+            last = place;
         }
         Ok(entries)
     }
@@ -136,9 +142,13 @@ impl Compare<'_> {
             longest = self.odb.read_header(old.id).map_or(0, |(length, _)| length as u64);
         }
         if let Some(new) = new.filter(|new| !new.is_submodule()) {
-            let (length, kind) = self.odb.read_header(new.id).map_err(|error| missing(&path, &error))?;
+            let (length, kind) = self.odb.read_header(new.id).map_err(|error| damaged(&path, error.message()))?;
             if kind != ObjectType::Blob {
-                return Err(Failure::new(ErrorClass::Corrupt, "the upstream's tree has a file that is not one"));
+                return Err(damaged(&path, "it is no file"));
+            }
+            if new.is_link() {
+                let read = || self.odb.read(new.id).map(|object| object.data().to_vec());
+                walk::check_link(length as u64, read).map_err(|why| refused(b"", &path, why))?;
             }
             longest = longest.max(length as u64);
             self.bytes = self.bytes.saturating_add(length as u64);
@@ -164,11 +174,7 @@ fn refused(path: &[u8], name: &[u8], why: &str) -> Failure {
     Failure::forbidden(format!("the upstream's tree has an entry that {why}: {path}{}", String::from_utf8_lossy(name)))
 }
 
-fn missing(path: &[u8], error: &git2::Error) -> Failure {
-    let message = format!(
-        "an object of the upstream's tree cannot be read at {:?}: {}",
-        String::from_utf8_lossy(path),
-        error.message()
-    );
-    Failure::new(ErrorClass::Corrupt, message)
+fn damaged(path: &[u8], why: &str) -> Failure {
+    let path = String::from_utf8_lossy(path);
+    Failure::new(ErrorClass::Corrupt, format!("an object of the upstream's tree cannot be read at {path:?}: {why}"))
 }

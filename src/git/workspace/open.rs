@@ -25,8 +25,10 @@ pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, F
     let repo = Repository::open_ext(&path, RepositoryOpenFlags::NO_SEARCH, nowhere)
         .map_err(|error| fault("the project cannot be opened", &error))?;
     // A name on the way, or a setting, may lead to another directory than the one that was checked.
+    // It is not opened to find out.
     let same = |path: Option<&Path>, dir: &Dir| {
-        path.is_some_and(|path| Dir::open(path).and_then(|now| Ok(now.identity()? == dir.identity()?)).unwrap_or(false))
+        let now = path.and_then(Path::to_str).and_then(|path| dir.identify(path).ok().flatten());
+        now.is_some() && now == dir.identity().ok()
     };
     if !same(repo.workdir(), directory) || !same(Some(repo.path()), &directory.child(".git")?) {
         return Err(altered("its settings lead to another directory"));

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use git2::{Index, Oid, Repository, RepositoryState};
+use git2::{Index, ObjectType, Oid, Repository, RepositoryState};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -160,6 +160,10 @@ impl Work<'_> {
         if now == Some(tip) {
             return Ok(());
         }
+        if self.repo.find_object(tip, None).is_ok_and(|object| object.kind() != Some(ObjectType::Commit)) {
+            let message = format!("the upstream's branch {branch} is not a commit");
+            return Err(Failure::new(ErrorClass::Corrupt, message));
+        }
         // Reachable from what is being moved to, so nothing of the user's is left behind.
         let known: Vec<Oid> = now.into_iter().chain(self.tracked(branch)).collect();
         receive::prove(self.repo, tip, &known, self.reporter)?;
@@ -205,6 +209,7 @@ impl Work<'_> {
         let paths: Vec<Vec<u8>> = changes.iter().filter(written).map(|change| change.path.clone()).collect();
         let paths: Vec<&[u8]> = paths.iter().map(Vec::as_slice).collect();
         let stage = Stage::new(self.repo, self.waiting, new_tree.id(), &paths)?;
+        stage.check(&paths)?;
         self.reporter.step();
         let mut way = plan::in_the_way(self.root, &copied.index, &changes, self.reporter)?;
         if !way.is_empty() {
