@@ -393,6 +393,7 @@ async fn a_transfer_dies_with_the_agent() {
     let server = Server::start(upstream.root());
     server.behave(Behaviour::Stall);
     let storage = tempfile::tempdir().unwrap();
+    fs::create_dir(storage.path().join("x.git")).unwrap();
     // A shell in the place of the agent.
     let mut agent = std::process::Command::new("sh")
         .args(["-c", "\"$0\" child transfer; true", env!("CARGO_BIN_EXE_haul")])

@@ -6,7 +6,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt::Write as _,
     fs::{File, OpenOptions},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, SystemTime},
@@ -164,6 +164,7 @@ impl Mirrors {
         let _turn = child::within(run, None, flight.lock()).await?;
         let lock_path = self.directory.join(format!("{key}.lock"));
         let lock = lock_shared(lock_path.clone(), run).await?;
+        make_directory(&path)?;
         let request = transfer::Request {
             url: url.as_str().to_owned(),
             mirror: path.clone(),
@@ -175,7 +176,8 @@ impl Mirrors {
             max_bytes: self.settings.max_bytes.as_u64(),
         };
         let answer: Result<transfer::Answer, _> = self.children.run(Role::Transfer, &request, Vec::new(), run).await;
-        if answer.is_err() && !path.exists() {
+        // Goes only if it is empty.
+        if answer.is_err() && std::fs::remove_dir(&path).is_ok() {
             // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused
             // addresses leave no thousand files.
             let _ = std::fs::remove_file(&lock_path);
@@ -215,6 +217,14 @@ pub(super) fn key(url: &str, credential: Option<&str>) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// Makes the directory of a mirror: the child that fills it can write nothing beside it.
+fn make_directory(path: &Path) -> std::io::Result<()> {
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
 }
 
 /// Takes the shared lock at `path`, which waits only for the upkeep of the mirror.

@@ -5,6 +5,12 @@ use std::{path::PathBuf, time::Duration};
 use bytesize::ByteSize;
 use serde::Deserialize;
 
+use super::{child::Sandbox, owner::Owners};
+use crate::protocol::Owner;
+
+/// The least memory that a child may be given: below, even an empty project cannot be cloned.
+const LEAST_MEMORY: ByteSize = ByteSize::mib(64);
+
 /// `[git]`: what is allowed, within which bounds, and how it is done.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -46,6 +52,14 @@ pub struct GitSettings {
     pub max_files: u64,
     /// The most bytes that a project's files may have.
     pub max_bytes: ByteSize,
+    /// Whether children shut themselves in: always, where the kernel can, or never.
+    pub sandbox: Sandbox,
+    /// The most memory of its own that one child may take.
+    pub child_memory: ByteSize,
+    /// Whose projects are, and as whom children work in them, where a task names nobody; not set: the agent's own user.
+    pub run_as: Option<Owner>,
+    /// Whom tasks may name as the owner of a project.
+    pub owners: Vec<Owners>,
 }
 
 impl Default for GitSettings {
@@ -66,6 +80,10 @@ impl Default for GitSettings {
             keep_mirrors: false,
             max_files: 1_000_000,
             max_bytes: ByteSize::gib(20),
+            sandbox: Sandbox::Require,
+            child_memory: ByteSize::gib(2),
+            run_as: None,
+            owners: Vec::new(),
         }
     }
 }
@@ -81,6 +99,9 @@ impl GitSettings {
         }
         if self.timeout.is_zero() || self.stall.is_zero() {
             return Err("git.timeout and git.stall must be longer than nothing".to_owned());
+        }
+        if self.child_memory < LEAST_MEMORY {
+            return Err(format!("git.child_memory is less than {LEAST_MEMORY}, which no child can work with"));
         }
         Ok(())
     }

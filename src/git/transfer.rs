@@ -32,7 +32,7 @@ use self::{
     verdict::Verdict,
 };
 use super::{
-    child::{Reporter, serve},
+    child::{Access, Confined, Reporter, serve},
     credential::CredentialFile,
     mirror::{Listing, Source, Want},
     policy::Policy,
@@ -64,6 +64,23 @@ pub(super) struct Request {
     pub(super) known_hosts: Option<PathBuf>,
     /// The most bytes it may receive.
     pub(super) max_bytes: u64,
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        let scheme = GitUrl::parse(&self.url).map(|url| (url.scheme(), url.path())).ok();
+        // A path on this machine, which git reads.
+        let upstream = scheme.as_ref().filter(|(scheme, _)| *scheme == Scheme::File).map(|(_, path)| path.into());
+        let credential = self.credential.as_ref().map(|file| file.path.clone());
+        let files = [credential, self.ca_file.clone(), self.known_hosts.clone(), upstream];
+        Access {
+            reads: files.into_iter().flatten().collect(),
+            writes: vec![self.mirror.clone()],
+            network: true,
+            programs: matches!(scheme, Some((Scheme::Ssh | Scheme::File, _))),
+            ..Access::default()
+        }
+    }
 }
 
 /// What a transfer child answers.

@@ -20,12 +20,13 @@ mod skeleton;
 mod waiting;
 mod walk;
 
-use std::{fs::OpenOptions, os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
+use std::{os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
+pub(super) use self::open::forget_search_paths;
 use self::pull::Question;
 pub(crate) use self::{
     look::{Look, Looked},
@@ -35,7 +36,7 @@ pub(crate) use self::{
 };
 use super::{
     Run,
-    child::{Children, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
     projects::Dir,
 };
 use crate::failure::{ErrorClass, Failure};
@@ -62,6 +63,21 @@ enum Order {
     Look(Look),
     /// Bring up to date.
     Pull(Pull),
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        let pack = match &self.order {
+            Order::Pull(order) => order.pack,
+            Order::Make(_) | Order::Look(_) => None,
+        };
+        Access {
+            directory: Some(self.directory),
+            descriptors: pack.into_iter().collect(),
+            as_owner: true,
+            ..Access::default()
+        }
+    }
 }
 
 /// Makes the project whose objects are in `directory` already.
@@ -146,7 +162,7 @@ pub(super) fn main() -> ExitCode {
 }
 
 fn directory(number: i32) -> Result<Dir, Failure> {
-    let file = inherited(number, OpenOptions::new().read(true))?;
+    let file = inherited(number)?;
     Ok(Dir::from(OwnedFd::from(file)))
 }
 

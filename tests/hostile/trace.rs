@@ -36,8 +36,8 @@ pub(crate) struct Trace {
     pub(crate) written: Vec<PathBuf>,
     /// Paths that were only read.
     pub(crate) read: Vec<PathBuf>,
-    /// The directory that was handed to it.
-    pub(crate) root: Option<PathBuf>,
+    /// The directories from which it named others, in that order.
+    pub(crate) bases: Vec<PathBuf>,
     /// How many calls were looked at.
     pub(crate) calls: usize,
 }
@@ -102,8 +102,10 @@ impl Trace {
         match self.role.as_str() {
             "workspace" => {
                 assert!(self.sockets.is_empty(), "{what}: a workspace child has {:?}", self.sockets);
-                // One that ends before it is told its directory has touched nothing.
-                let root = self.root.clone().unwrap_or_else(|| "/nonexistent".into());
+                // The one that was handed to it comes first; one that ends before it was told has touched nothing.
+                let handed = self.bases.iter().find(|path| path.starts_with(storage));
+                let root = handed.cloned().unwrap_or_else(|| "/nonexistent".into());
+                assert!(root.starts_with(storage.join("projects")) || handed.is_none(), "{what}: handed {root:?}");
                 let outside = self.written.iter().find(|path| !beneath(path, &root));
                 assert!(outside.is_none(), "{what}: a workspace child in {root:?} wrote {outside:?}");
                 let system = |path: &PathBuf| SYSTEM.iter().any(|at| path.starts_with(at));
@@ -145,6 +147,12 @@ pub(crate) fn parse(text: &str) -> Trace {
         let Some((arguments, result)) = call.rsplit_once(" = ") else { continue };
         trace.calls += 1;
         note_descriptors(&whole, &mut descriptors);
+        if arguments.starts_with(|c: char| c.is_ascii_digit())
+            && let Some(base) = arguments.split_once('>').and_then(|(first, _)| annotated(&format!("{first}>")))
+            && trace.bases.last() != Some(&base)
+        {
+            trace.bases.push(base);
+        }
         let failed = result.trim_start().starts_with('-');
         match name {
             "execve" | "execveat" if first => {
@@ -163,9 +171,6 @@ pub(crate) fn parse(text: &str) -> Trace {
                     // A pipe or memory.
                     continue;
                 }
-                if trace.root.is_none() && arguments.contains("\"/proc/self/fd/") && path.is_dir_like() {
-                    trace.root = Some(path.clone());
-                }
                 let writes = ["O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_TMPFILE"];
                 if name == "creat" || writes.iter().any(|flag| arguments.contains(flag)) {
                     if path != Path::new("/dev/null") {
@@ -181,17 +186,6 @@ pub(crate) fn parse(text: &str) -> Trace {
         }
     }
     trace
-}
-
-trait DirLike {
-    fn is_dir_like(&self) -> bool;
-}
-
-impl DirLike for PathBuf {
-    /// A place on a disk, neither a pipe nor memory.
-    fn is_dir_like(&self) -> bool {
-        !self.starts_with("/proc") && !self.starts_with("/memfd:") && !self.starts_with("/dev")
-    }
 }
 
 /// The path that the tracer wrote behind a descriptor: `5</path>`.

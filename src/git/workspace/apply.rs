@@ -238,7 +238,7 @@ fn put_over(waiting: &Dir, dir: &Dir, name: &OsStr, change: &Change) -> Result<(
 
 /// Opens the directory at `path`, making what is missing of it.
 fn make_way(root: &Dir, path: &[u8]) -> Result<Dir, Failure> {
-    let mut at = root.child(".")?;
+    let mut at = root.child(".").map_err(among)?;
     for name in path.split(|&byte| byte == b'/') {
         let name = OsStr::from_bytes(name);
         match mkdirat(&at, name, Mode::from_raw_mode(0o755)) {

@@ -5,7 +5,7 @@ use std::{os::fd::AsFd, os::fd::AsRawFd, path::Path, sync::Once};
 use git2::{ConfigLevel, ErrorCode, Repository, RepositoryOpenFlags};
 
 use super::{
-    guard::{self, altered},
+    guard::{self, altered, among},
     settings,
 };
 use crate::{
@@ -24,13 +24,13 @@ pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, F
     let nowhere: [&std::ffi::OsStr; 0] = [];
     let repo = Repository::open_ext(&path, RepositoryOpenFlags::NO_SEARCH, nowhere)
         .map_err(|error| fault("the project cannot be opened", &error))?;
-    // A name on the way, or a setting, may lead to another directory than the one that was checked.
-    // It is not opened to find out.
+    // A name on the way, or a setting, may lead to another directory than the one that was checked; it is not opened to
+    // find out.
     let same = |path: Option<&Path>, dir: &Dir| {
         let now = path.and_then(Path::to_str).and_then(|path| dir.identify(path).ok().flatten());
         now.is_some() && now == dir.identity().ok()
     };
-    if !same(repo.workdir(), directory) || !same(Some(repo.path()), &directory.child(".git")?) {
+    if !same(repo.workdir(), directory) || !same(Some(repo.path()), &directory.child(".git").map_err(among)?) {
         return Err(altered("its settings lead to another directory"));
     }
     let config = repo.config().and_then(|mut config| config.snapshot());
@@ -51,17 +51,19 @@ pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
     let full = ["No space left", "quota exceeded", "Read-only file system"].iter().any(|text| message.contains(text));
     match error.code() {
         _ if full => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
-        ErrorCode::Owner => {
-            Failure::forbidden(format!("{what}: it belongs to another user than the agent; run the agent as its owner"))
-        }
+        ErrorCode::Owner => Failure::forbidden(format!(
+            "{what}: it belongs to another user than the one who works in it; set git.run_as to its owner and clone it anew"
+        )),
         // The library calls a file locked that it may not read.
-        ErrorCode::Locked if !message.contains("Permission denied") => Failure::conflict(format!("{what}: another program holds a lock ({message})")),
+        ErrorCode::Locked if !message.contains("Permission denied") => {
+            Failure::conflict(format!("{what}: another program holds a lock ({message})"))
+        }
         _ => altered(format!("{what}: {message}")),
     }
 }
 
 /// Lets the library read no settings but the project's own.
-fn forget_search_paths() {
+pub(in crate::git) fn forget_search_paths() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         for level in [ConfigLevel::System, ConfigLevel::Global, ConfigLevel::XDG, ConfigLevel::ProgramData] {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, OpenOptions},
+    fs,
     io::{Read, Write},
     sync::mpsc::{RecvTimeoutError, sync_channel},
     time::Duration,
@@ -10,7 +10,7 @@ use std::{
 
 use git2::{Indexer, ObjectType, Oid, Repository, Sort};
 
-use super::{guard::altered, open::fault, waiting::Waiting};
+use super::{guard::{altered, among}, open::fault, waiting::Waiting};
 use crate::{
     failure::{ErrorClass, Failure},
     git::child::{Reporter, inherited},
@@ -27,8 +27,7 @@ const QUIET: Duration = Duration::from_secs(1);
 /// # Errors
 /// `corrupt` where it is cut or wrong.
 pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporter: &Reporter) -> Result<(), Failure> {
-    let mut pipe = inherited(number, OpenOptions::new().read(true))?;
-    // The descriptor that came with the process would keep nothing alive on this side; only the end of the writer counts.
+    let mut pipe = inherited(number)?;
     let (sender, chunks) = sync_channel::<std::io::Result<Vec<u8>>>(4);
     std::thread::spawn(move || {
         loop {
@@ -89,10 +88,10 @@ pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporte
         _ => fault("a pack cannot be indexed", &error),
     })?;
     let packs = repo.path().join("objects/pack");
-    fs::create_dir_all(&packs)?;
+    fs::create_dir_all(&packs).map_err(among)?;
     // A pack is looked for once its index is there.
     for file in ["pack", "idx"].map(|kind| format!("pack-{name}.{kind}")) {
-        fs::rename(place.join(&file), packs.join(&file))?;
+        fs::rename(place.join(&file), packs.join(&file)).map_err(among)?;
     }
     odb.refresh().map_err(|error| fault("its objects cannot be read", &error))
 }
