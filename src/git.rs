@@ -4,6 +4,7 @@
 
 pub mod child;
 pub mod credential;
+mod hosts;
 pub mod mirror;
 pub mod owner;
 pub mod pack;

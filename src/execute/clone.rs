@@ -181,7 +181,7 @@ async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) 
             changed = told.changed() => match changed {
                 Ok(()) => {
                     let bytes = *told.borrow_and_update();
-                    (run.progress)(Progress { phase: "checkout".to_owned(), done: 0, total: None, bytes });
+                    (run.progress)(Progress { phase: "copying".to_owned(), bytes, ..Progress::default() });
                 }
                 Err(_) => return copy.await,
             },

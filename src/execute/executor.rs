@@ -12,7 +12,7 @@ use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Re
 use crate::{
     failure::Failure,
     git::{Budget, Children, Confinement, GitSettings, Mirrors, Projects, Run, Stamp, Support},
-    protocol::{ProjectId, Task, TaskResult, Work},
+    protocol::{HostState, ProjectId, Task, TaskResult, Work},
 };
 
 /// Executes tasks on the projects of one agent.
@@ -117,8 +117,12 @@ impl Execute for GitExecutor {
         let longest = self.settings.max_timeout;
         Limits {
             timeout: task.timeout.unwrap_or(self.settings.timeout).min(longest),
-            stall: task.stall.unwrap_or(self.settings.stall).min(longest),
+            stall: task.stall.unwrap_or(self.settings.stall).min(self.settings.max_stall).min(longest),
         }
+    }
+
+    fn hosts(&self) -> Vec<HostState> {
+        self.mirrors.hosts()
     }
 
     async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure> {

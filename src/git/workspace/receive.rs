@@ -73,6 +73,7 @@ pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporte
             done: progress.indexed_objects() as u64,
             total: Some(progress.total_objects() as u64),
             bytes: progress.received_bytes() as u64,
+            ..Progress::default()
         });
         true
     });
