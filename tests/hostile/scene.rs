@@ -19,7 +19,7 @@ use haul::{
     execute::{Execute, GitExecutor, Job},
     failure::Failure,
     git::{Fence, GitSettings, Run},
-    protocol::{Place, Task, TaskMessage, TaskResult},
+    protocol::{Owner, Place, Task, TaskMessage, TaskResult},
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,35 @@ struct Always;
 impl Fence for Always {
     async fn check(&self) -> Result<(), Failure> {
         Ok(())
+    }
+}
+
+/// Whether children are to work as an owner who is not the agent.
+pub(crate) const OWNED: &str = "HAUL_TEST_OWNED";
+
+/// As whom children work, where that is another than the agent.
+pub(crate) fn owner() -> Option<Owner> {
+    std::env::var_os(OWNED).map(|_| Owner { uid: USER, gid: USER })
+}
+
+/// Whether every mode bit lets those pass who work in a workspace.
+pub(crate) fn passes_every_mode() -> bool {
+    privileged() && owner().is_none()
+}
+
+/// Gives everything at and below `path` to the owner, if there is one.
+pub(crate) fn give(path: &Path) {
+    if owner().is_none() {
+        return;
+    }
+    let mut waiting = vec![path.to_owned()];
+    while let Some(path) = waiting.pop() {
+        let stat = path.symlink_metadata().unwrap();
+        // What nobody may change stays whose it is.
+        let _ = std::os::unix::fs::lchown(&path, Some(USER), Some(USER));
+        if stat.is_dir() {
+            waiting.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
     }
 }
 
@@ -101,6 +130,7 @@ impl Scene {
         let numbers = AtomicI64::new(1);
         let scene = Self { dir, upstream, server, tracer, executor, first, second, numbers };
         scene.furnish();
+        give(&scene.outside());
         scene
     }
 
@@ -170,6 +200,7 @@ impl Scene {
         for (name, content) in USERS {
             write(&project, name, content);
         }
+        give(&project);
         project
     }
 }
@@ -197,6 +228,7 @@ pub(crate) async fn open_with(
         allow_http: true,
         allow_loopback: true,
         kill_grace: Duration::from_millis(300),
+        run_as: owner(),
         ..GitSettings::default()
     };
     change(&mut settings);
@@ -259,6 +291,9 @@ pub(crate) fn command(dir: &Path) -> Command {
         ("GIT_CONFIG_SYSTEM", "/dev/null"),
         ("GIT_TERMINAL_PROMPT", "0"),
         ("GIT_ADVICE", "0"),
+        ("GIT_CONFIG_COUNT", "1"),
+        ("GIT_CONFIG_KEY_0", "safe.directory"),
+        ("GIT_CONFIG_VALUE_0", "*"),
     ]);
     for role in ["AUTHOR", "COMMITTER"] {
         command.env(format!("GIT_{role}_NAME"), "A").env(format!("GIT_{role}_EMAIL"), "a@example.org");

@@ -86,7 +86,7 @@ async fn whoever_lost_access_gets_nothing_from_the_mirror() {
     fs::create_dir(&credentials).unwrap();
     for name in ["team", "other"] {
         let password = if name == "team" { "sesame" } else { "guess" };
-        let text = format!("user = \"team\"\npassword = \"{password}\"\n");
+        let text = format!("user = \"team\"\npassword = \"{password}\"\nhosts = [\"localhost\"]\n");
         fs::write(credentials.join(name), text).unwrap();
         fs::set_permissions(credentials.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     }

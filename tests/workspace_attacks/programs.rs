@@ -14,7 +14,7 @@ use std::{
 
 use serde_json::json;
 
-use crate::scene::{self, Scene, USERS, assert_untouched, bounded, command, privileged, snapshot, write};
+use crate::scene::{self, Scene, USERS, assert_untouched, bounded, command, give, owner, privileged, snapshot, write};
 
 /// How a payload is shown to bite.
 enum Shown {
@@ -260,6 +260,8 @@ pub(crate) async fn run() {
     for (number, payload) in PAYLOADS.iter().enumerate() {
         payload.plant(&project, &scene.marks().join(format!("mark-{number}")), trap.port);
     }
+    give(&project);
+    give(&scene.marks());
     let outside = snapshot(&scene.outside());
     let users = users(&project);
     let met = trap.met.load(Ordering::SeqCst);
@@ -294,7 +296,11 @@ pub(crate) async fn run() {
 
 /// Who runs this.
 pub(crate) fn who() -> &'static str {
-    if privileged() { "root" } else { "a user without privileges" }
+    match (privileged(), owner()) {
+        (true, None) => "root",
+        (true, Some(_)) => "root for an owner without privileges",
+        (false, _) => "a user without privileges",
+    }
 }
 
 /// What the user's files hold.

@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::{
     altered, blocking,
     programs::{copy, users, who},
-    scene::{Scene, assert_untouched, bounded, command, git, privileged, snapshot},
+    scene::{Scene, assert_untouched, bounded, command, git, give, passes_every_mode, privileged, snapshot},
 };
 
 /// How many projects are worked in at once.
@@ -98,7 +98,7 @@ impl End {
         let (works, conflict) = match self {
             Self::Works => (true, false),
             Self::Conflict => (false, true),
-            Self::UnlessRoot => (privileged(), !privileged()),
+            Self::UnlessRoot => (passes_every_mode(), !passes_every_mode()),
             Self::IfRoot => (!privileged(), privileged()),
             Self::Any => (true, true),
         };
@@ -171,6 +171,7 @@ async fn attempt(scene: &Scene, payload: &Payload, number: usize) -> Result<Stri
         mark: mark.clone(),
     };
     (payload.plant)(&w);
+    give(&project);
     let (before, of_users) = (snapshot(&outside), users(&project));
     let begun = Instant::now();
     let status = scene.run("status", id, json!({})).await;

@@ -7,13 +7,14 @@ use std::{
     process::Command,
 };
 
-use crate::scene::{PROGRAM, USER, privileged};
+use crate::scene::{OWNED, PROGRAM, USER, privileged};
 
-/// Runs tests of this binary in a process of a user without privileges.
-pub(crate) fn again(tests: &[&str]) {
+/// Runs tests of this binary in a process of a user without privileges, or of ours for an `owner` without.
+pub(crate) fn again(tests: &[&str], owner: bool) {
+    assert!(privileged(), "only root can be somebody else: run the tests as root, as CI does");
     let place = tempfile::tempdir().unwrap();
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let mut command = as_user(place.path());
+    let mut command = as_user(place.path(), owner);
     command.args(tests).args(["--exact", "--nocapture", "--test-threads", "2"]);
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
@@ -22,8 +23,8 @@ pub(crate) fn again(tests: &[&str]) {
     assert!(said.contains(&format!("{} passed", tests.len())), "{said}");
 }
 
-/// This binary, to be run by a user without privileges, with what it needs copied where that user can read it.
-pub(crate) fn as_user(place: &Path) -> Command {
+/// This binary, with what it needs copied where everybody can read it.
+fn as_user(place: &Path, owner: bool) -> Command {
     let (test, haul) = (place.join("tests"), place.join("haul"));
     for (from, to) in [(std::env::current_exe().unwrap(), &test), (env!("CARGO_BIN_EXE_haul").into(), &haul)] {
         fs::copy(from, to).unwrap();
@@ -31,7 +32,9 @@ pub(crate) fn as_user(place: &Path) -> Command {
     }
     let mut command = Command::new(&test);
     command.current_dir(place).env("TMPDIR", place).env(PROGRAM, &haul);
-    if privileged() {
+    if owner {
+        command.env(OWNED, "1");
+    } else {
         command.uid(USER).gid(USER);
     }
     command
