@@ -11,7 +11,7 @@ use std::{
 };
 
 /// What is traced: everything that executes, connects, opens, makes, renames, removes or changes.
-pub(crate) const TRACED: &str = "execve,execveat,socket,connect,bind,listen,open,openat,openat2,creat,unlink,unlinkat,\
+pub(crate) const TRACED: &str = "fcntl,execve,execveat,socket,connect,bind,listen,open,openat,openat2,creat,unlink,unlinkat,\
     rename,renameat,renameat2,mkdir,mkdirat,rmdir,link,linkat,symlink,symlinkat,mknod,mknodat,chmod,fchmodat,?fchmodat2,\
     chown,lchown,fchownat,truncate,utime,utimes,futimesat,utimensat,setxattr,lsetxattr,removexattr,lremovexattr,mount,\
     umount2,pivot_root,chroot,ptrace,process_vm_writev";
@@ -164,6 +164,8 @@ pub(crate) fn parse(text: &str) -> Trace {
                 trace.executed.push(whole.clone());
             }
             "socket" | "connect" | "bind" | "listen" => trace.sockets.push(whole.clone()),
+            // Only for the paths of the descriptors that it names.
+            "fcntl" => {}
             _ if failed => {}
             "open" | "openat" | "openat2" | "creat" => {
                 let Some(path) = annotated(result) else { continue };

@@ -15,8 +15,6 @@ use crate::{
 
 const CONFLICT: (End, End) = (End::Conflict, End::Conflict);
 const WORKS: (End, End) = (End::Works, End::Works);
-/// What only the owner of a mode bit cannot pass.
-const UNREADABLE: (End, End) = (End::UnlessRoot, End::UnlessRoot);
 
 pub(crate) fn pipe(path: &Path) {
     clear(path);
@@ -171,7 +169,7 @@ pub(crate) const PAYLOADS: &[Payload] = &[
     payload!("a terabyte as a tracked file that changes", Shown::Fails("add a.txt"), (End::Works, End::Conflict), |w| sparse(&w.project.join("a.txt"), TERABYTE)),
     payload!("a terabyte as another tracked file", Shown::Fails("add dir/deep/d.txt"), WORKS, |w| sparse(&w.project.join("dir/deep/d.txt"), TERABYTE)),
     payload!("a terabyte where a file is to come", Shown::Fails("add new.txt"), (End::Works, End::Conflict), |w| sparse(&w.project.join("new.txt"), TERABYTE)),
-    payload!("half a gigabyte as index", Shown::Fails("status"), CONFLICT, |w| sparse(&w.project.join(".git/index"), 1 << 29)),
+    payload!("sixty-four megabytes as index", Shown::Fails("status"), CONFLICT, |w| sparse(&w.project.join(".git/index"), 1 << 26)),
     payload!("nothing as config", Shown::Withstood, (End::Any, End::Any), |w| write(&w.project, ".git/config", "")),
     payload!("nothing as index", Shown::Withstood, (End::Any, End::Any), |w| write(&w.project, ".git/index", "")),
     payload!("noise as index", Shown::Fails("status"), CONFLICT, |w| write(&w.project, ".git/index", &"DIRC\0\0\0\u{2}\0\0\u{f}\u{f}noise".repeat(50))),
@@ -186,16 +184,16 @@ pub(crate) const PAYLOADS: &[Payload] = &[
     payload!("a directory as config", Shown::Withstood, CONFLICT, |w| { clear(&w.project.join(".git/config")); fs::create_dir(w.project.join(".git/config")).unwrap(); }),
     payload!("a file as objects", Shown::Fails("status"), CONFLICT, |w| { clear(&w.project.join(".git/objects")); write(&w.project, ".git/objects", ""); }),
     payload!("a file as refs", Shown::Fails("status"), CONFLICT, |w| { clear(&w.project.join(".git/refs")); write(&w.project, ".git/refs", ""); }),
-    payload!("unreadable config", Shown::FailsUnlessRoot("status"), UNREADABLE, |w| lock(w, 0, ".git/config")),
-    payload!("unreadable index", Shown::FailsUnlessRoot("status"), UNREADABLE, |w| lock(w, 0, ".git/index")),
-    payload!("unreadable HEAD", Shown::FailsUnlessRoot("status"), UNREADABLE, |w| lock(w, 0, ".git/HEAD")),
-    payload!("unreadable branch", Shown::FailsUnlessRoot("rev-parse --verify HEAD"), UNREADABLE, |w| lock(w, 0, ".git/refs/heads/main")),
-    payload!("unreadable objects", Shown::FailsUnlessRoot("status"), UNREADABLE, |w| lock(w, 0, ".git/objects")),
-    payload!("unreadable refs", Shown::FailsUnlessRoot("for-each-ref"), UNREADABLE, |w| lock(w, 0, ".git/refs")),
-    payload!("refs that can be listed and not entered", Shown::FailsUnlessRoot("for-each-ref"), UNREADABLE, |w| lock(w, 0o444, ".git/refs")),
-    payload!("unreadable .git", Shown::FailsUnlessRoot("status"), UNREADABLE, |w| lock(w, 0, ".git")),
-    payload!("unreadable tracked file", Shown::Withstood, (End::Any, End::UnlessRoot), |w| lock(w, 0, "a.txt")),
-    payload!("unreadable tracked directory", Shown::Withstood, (End::Any, End::UnlessRoot), |w| lock(w, 0, "dir")),
+    payload!("unreadable config", Shown::FailsUnlessRoot("status"), CONFLICT, |w| lock(w, 0, ".git/config")),
+    payload!("unreadable index", Shown::FailsUnlessRoot("status"), CONFLICT, |w| lock(w, 0, ".git/index")),
+    payload!("unreadable HEAD", Shown::FailsUnlessRoot("status"), CONFLICT, |w| lock(w, 0, ".git/HEAD")),
+    payload!("unreadable branch", Shown::FailsUnlessRoot("rev-parse --verify HEAD"), CONFLICT, |w| lock(w, 0, ".git/refs/heads/main")),
+    payload!("unreadable objects", Shown::FailsUnlessRoot("status"), CONFLICT, |w| lock(w, 0, ".git/objects")),
+    payload!("unreadable refs", Shown::FailsUnlessRoot("for-each-ref"), CONFLICT, |w| lock(w, 0, ".git/refs")),
+    payload!("refs that can be listed and not entered", Shown::FailsUnlessRoot("for-each-ref"), CONFLICT, |w| lock(w, 0o444, ".git/refs")),
+    payload!("unreadable .git", Shown::FailsUnlessRoot("status"), CONFLICT, |w| lock(w, 0, ".git")),
+    payload!("unreadable tracked file", Shown::Withstood, (End::Any, End::Conflict), |w| lock(w, 0, "a.txt")),
+    payload!("unreadable tracked directory", Shown::Withstood, (End::Any, End::Conflict), |w| lock(w, 0, "dir")),
     payload!("an unreadable directory of its user", Shown::Withstood, (End::Any, End::Works), |w| { write(&w.project, "private/x", "x"); lock(w, 0, "private"); }),
     payload!("a .git that nobody may write", Shown::Fails("update-ref refs/heads/x HEAD"), (End::Works, End::Conflict), |w| { freeze(&w.project.join(".git/refs/heads")); freeze(&w.project.join(".git")); }),
     payload!("an immutable tracked file", Shown::Withstood, (End::Works, End::IfRoot), |w| freeze(&w.project.join("a.txt"))),

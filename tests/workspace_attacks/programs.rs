@@ -187,7 +187,7 @@ impl Payload {
                 "!pty" => {
                     let mut pty = std::process::Command::new("script");
                     pty.args(["-qec", &format!("git {line}"), "/dev/null"]).current_dir(project);
-                    pty.env("GIT_CONFIG_GLOBAL", "/dev/null").env("TERM", "dumb").env_remove("GIT_PAGER").env_remove("PAGER");
+                    pty.env("GIT_CONFIG_GLOBAL", scene::global()).env("TERM", "dumb").env_remove("GIT_PAGER").env_remove("PAGER");
                     git = pty;
                 }
                 "!alternate" => {

@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::{
     altered, blocking,
     programs::{copy, users, who},
-    scene::{Scene, assert_untouched, bounded, command, git, give, passes_every_mode, privileged, snapshot},
+    scene::{Scene, assert_untouched, bounded, command, git, give, privileged, snapshot},
 };
 
 /// How many projects are worked in at once.
@@ -42,8 +42,6 @@ pub(crate) enum Shown {
 pub(crate) enum End {
     Works,
     Conflict,
-    /// Conflict, but for root, whom no mode bit stops.
-    UnlessRoot,
     /// Conflict for root, who can make a file immutable; nobody else can.
     IfRoot,
     /// Either, soon.
@@ -98,7 +96,6 @@ impl End {
         let (works, conflict) = match self {
             Self::Works => (true, false),
             Self::Conflict => (false, true),
-            Self::UnlessRoot => (passes_every_mode(), !passes_every_mode()),
             Self::IfRoot => (!privileged(), privileged()),
             Self::Any => (true, true),
         };

@@ -104,7 +104,7 @@ impl Compare<'_> {
 
     /// The entries of a tree of the upstream.
     fn new_entries(&mut self, id: Oid, path: &[u8]) -> Result<Entries, Failure> {
-        let tree = self.repo.find_tree(id).map_err(|error| damaged(path, error.message()))?;
+        let tree = self.repo.find_tree(id).map_err(|error| unread(path, &error))?;
         let (mut entries, mut last) = (Entries::new(), Vec::new());
         for entry in &tree {
             self.count()?;
@@ -142,7 +142,7 @@ impl Compare<'_> {
             longest = self.odb.read_header(old.id).map_or(0, |(length, _)| length as u64);
         }
         if let Some(new) = new.filter(|new| !new.is_submodule()) {
-            let (length, kind) = self.odb.read_header(new.id).map_err(|error| damaged(&path, error.message()))?;
+            let (length, kind) = self.odb.read_header(new.id).map_err(|error| unread(&path, &error))?;
             if kind != ObjectType::Blob {
                 return Err(damaged(&path, "it is no file"));
             }
@@ -172,6 +172,14 @@ fn over() -> Failure {
 fn refused(path: &[u8], name: &[u8], why: &str) -> Failure {
     let path = if path.is_empty() { String::new() } else { format!("{}/", String::from_utf8_lossy(path)) };
     Failure::forbidden(format!("the upstream's tree has an entry that {why}: {path}{}", String::from_utf8_lossy(name)))
+}
+
+/// What is missing was there when the history was proven whole.
+fn unread(path: &[u8], error: &git2::Error) -> Failure {
+    match error.code() {
+        git2::ErrorCode::NotFound => altered(format!("an object is gone: {}", error.message())),
+        _ => damaged(path, error.message()),
+    }
 }
 
 fn damaged(path: &[u8], why: &str) -> Failure {

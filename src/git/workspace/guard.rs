@@ -18,7 +18,7 @@ const MOST: usize = 300_000;
 /// The deepest directory of a `.git`.
 const DEEPEST: usize = 64;
 /// The longest file that is read as a whole, in bytes.
-pub(super) const LONGEST: u64 = 1 << 30;
+pub(super) const LONGEST: u64 = 1 << 28;
 /// The longest configuration, in bytes.
 const LONGEST_CONFIG: u64 = 1 << 20;
 /// Not read by anything we do.

@@ -114,11 +114,9 @@ fn write_fault() -> Failure {
 /// Walks every commit of `tip` that is not reachable from `known`, with its trees, and asks for every file.
 ///
 /// # Errors
-/// `corrupt` where something is missing.
+/// `conflict` where something is missing: whoever packed found all of it, but for what the project says that it has.
 pub(super) fn prove(repo: &Repository, tip: Oid, known: &[Oid], reporter: &Reporter) -> Result<(), Failure> {
-    let broken = |error: git2::Error| {
-        Failure::new(ErrorClass::Corrupt, format!("the upstream's history is incomplete: {error}"))
-    };
+    let broken = |error: git2::Error| altered(format!("its history is incomplete: {}", error.message()));
     let odb = repo.odb().map_err(|error| fault("its objects cannot be opened", &error))?;
     let mut walk = repo.revwalk().map_err(broken)?;
     walk.set_sorting(Sort::NONE).map_err(broken)?;
@@ -146,8 +144,7 @@ pub(super) fn prove(repo: &Repository, tip: Oid, known: &[Oid], reporter: &Repor
                 match entry.kind() {
                     Some(ObjectType::Tree) => waiting.push(entry.id()),
                     Some(ObjectType::Blob) if seen.insert(entry.id()) && !odb.exists(entry.id()) => {
-                        let message = format!("the upstream's history is incomplete: {} is missing", entry.id());
-                        return Err(Failure::new(ErrorClass::Corrupt, message));
+                        return Err(altered(format!("its history is incomplete: {} is missing", entry.id())));
                     }
                     _ => {}
                 }
