@@ -220,6 +220,8 @@ pub(crate) async fn open_with(
         ..GitSettings::default()
     };
     change(&mut settings);
+    // Made by whoever sets a node up: owners of projects go through it.
+    fs::create_dir_all(storage).unwrap();
     GitExecutor::open(&settings, storage, &storage.join("projects"), program, ByteSize::b(0)).await.unwrap()
 }
 

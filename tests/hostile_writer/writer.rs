@@ -11,7 +11,7 @@ use std::{
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::scene::{command, git, write};
+use crate::scene::{command, git};
 
 /// What upstream changes again and again.
 pub(crate) const TRACKED: [&str; 5] = ["a.txt", "dir/c.txt", "dir/e.txt", "new.txt", "deep/er/x.txt"];
@@ -203,7 +203,9 @@ impl Writer {
 
     fn write_own(&mut self, name: &str) {
         let content = format!("only the user's {:016x}\n", self.chance.random::<u64>());
-        write(&self.project, name, &content);
+        // A pull may remove an empty directory in this moment.
+        let path = self.project.join(name);
+        while fs::create_dir_all(path.parent().unwrap()).and_then(|()| fs::write(&path, &content)).is_err() {}
         self.own.insert(name.to_owned(), content);
     }
 

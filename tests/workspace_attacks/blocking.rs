@@ -171,6 +171,11 @@ pub(crate) const PAYLOADS: &[Payload] = &[
     payload!("a terabyte where a file is to come", Shown::Fails("add new.txt"), (End::Works, End::Conflict), |w| sparse(&w.project.join("new.txt"), TERABYTE)),
     payload!("sixty-four megabytes as index", Shown::Fails("status"), CONFLICT, |w| sparse(&w.project.join(".git/index"), 1 << 26)),
     payload!("nothing as config", Shown::Withstood, (End::Any, End::Any), |w| write(&w.project, ".git/config", "")),
+    payload!("settings without values", Shown::Withstood, WORKS, |w| {
+        let path = w.project.join(".git/config");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(path, text + "[core]\n\tfilemode\n\texcludesFile\n[noise]\n\tnoise\n[user]\n\tname\n").unwrap();
+    }),
     payload!("nothing as index", Shown::Withstood, (End::Any, End::Any), |w| write(&w.project, ".git/index", "")),
     payload!("noise as index", Shown::Fails("status"), CONFLICT, |w| write(&w.project, ".git/index", &"DIRC\0\0\0\u{2}\0\0\u{f}\u{f}noise".repeat(50))),
     payload!("noise as packed-refs", Shown::Fails("for-each-ref"), (End::Any, End::Any), |w| write(&w.project, ".git/packed-refs", "noise\n")),

@@ -50,7 +50,9 @@ pub(super) fn narrow(repo: &Repository, config: &Config) -> Result<(), Failure> 
     let mut entries = config.entries(None).map_err(unreadable)?;
     while let Some(entry) = entries.next() {
         let entry = entry.map_err(unreadable)?;
-        if let (Ok(name), Ok(value)) = (entry.name(), entry.value()) {
+        // A name without a value means yes; the library panics when it is asked for one.
+        let value = if entry.has_value() { entry.value() } else { Ok("true") };
+        if let (Ok(name), Ok(value)) = (entry.name(), value) {
             add(&mut text, name, value);
         }
     }
@@ -90,7 +92,7 @@ mod tests {
         let repo = Repository::init(place.path()).unwrap();
         let git = place.path().join(".git/config");
         let more = "[core]\n\tattributesFile = /a\n\texcludesFile = /b\n\tfsmonitor = /c\n\tautocrlf = true\n\
-                    [filter \"x\"]\n\tclean = /d\n[branch \"a \\\"b\\\\\"]\n\tremote = origin\n\
+                    logallrefupdates\n[filter \"x\"]\n\tclean = /d\n[branch \"a \\\"b\\\\\"]\n\tremote = origin\n\
                     [remote \"origin\"]\n\turl = \"u;\\\"v\"\n\tfetch = +a:b\n\tfetch = +c:d\n\tuploadpack = /e\n";
         std::fs::write(&git, std::fs::read_to_string(&git).unwrap() + more).unwrap();
         narrow(&repo, &repo.config().unwrap().snapshot().unwrap()).unwrap();
@@ -103,7 +105,7 @@ mod tests {
         assert!(config.get_string("remote.origin.uploadpack").is_err());
         assert_eq!(config.get_string("branch.a \"b\\.remote").unwrap(), "origin");
         assert_eq!(config.get_string("remote.origin.url").unwrap(), "u;\"v");
-        assert!(config.get_bool("core.autocrlf").unwrap());
+        assert!(config.get_bool("core.autocrlf").unwrap() && config.get_bool("core.logallrefupdates").unwrap());
         let mut fetch = config.multivar("remote.origin.fetch", None).unwrap();
         let mut count = 0;
         while fetch.next().is_some() {
