@@ -36,7 +36,8 @@ const EVERY: u64 = 3;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_is_outside_alone() {
-    let seed = std::env::var("HAUL_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random::<u32>);
+    let seed =
+        std::env::var("HAUL_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random::<u32>);
     println!("seed {seed} (HAUL_TEST_SEED={seed} plays it again, but for the scheduler)");
     let scene = Scene::new(false).await;
     scene.clone(1, "p").await.unwrap();
@@ -89,7 +90,11 @@ async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_i
 
     // What only the user has is as the user left it; what upstream has too is one of the two.
     for (name, content) in &writer.own {
-        assert_eq!(fs::read_to_string(project.join(name)).ok().as_ref(), Some(content), "{name} was lost (seed {seed})");
+        assert_eq!(
+            fs::read_to_string(project.join(name)).ok().as_ref(),
+            Some(content),
+            "{name} was lost (seed {seed})"
+        );
     }
     for name in TRACKED {
         let Ok(found) = fs::read_to_string(project.join(name)) else { continue };

@@ -207,11 +207,7 @@ pub(crate) async fn open(storage: &Path, program: PathBuf) -> GitExecutor {
 }
 
 /// The same with other settings.
-pub(crate) async fn open_with(
-    storage: &Path,
-    program: PathBuf,
-    change: impl FnOnce(&mut GitSettings),
-) -> GitExecutor {
+pub(crate) async fn open_with(storage: &Path, program: PathBuf, change: impl FnOnce(&mut GitSettings)) -> GitExecutor {
     let mut settings = GitSettings {
         allow_http: true,
         allow_loopback: true,
@@ -255,7 +251,9 @@ pub(crate) fn commit(bare: &Path, files: &[(&str, &str)]) -> String {
     for (name, content) in files {
         let blob = feed(bare, &["hash-object", "-w", "--stdin"], content.as_bytes());
         let entry = format!("100644,{blob},{name}");
-        assert!(command(bare).args(["update-index", "--add", "--cacheinfo", &entry]).envs(env).status().unwrap().success());
+        assert!(
+            command(bare).args(["update-index", "--add", "--cacheinfo", &entry]).envs(env).status().unwrap().success()
+        );
     }
     let output = command(bare).arg("write-tree").envs(env).output().unwrap();
     fs::remove_file(&index).unwrap();

@@ -157,7 +157,12 @@ pub(crate) fn parse(text: &str) -> Trace {
         match name {
             "execve" | "execveat" if first => {
                 first = false;
-                trace.role = arguments.split("\"child\", \"").nth(1).and_then(|rest| rest.split('"').next()).unwrap_or("").to_owned();
+                trace.role = arguments
+                    .split("\"child\", \"")
+                    .nth(1)
+                    .and_then(|rest| rest.split('"').next())
+                    .unwrap_or("")
+                    .to_owned();
             }
             // Attempts count, successful or not.
             "execve" | "execveat" | "ptrace" | "mount" | "umount2" | "pivot_root" | "chroot" | "process_vm_writev" => {

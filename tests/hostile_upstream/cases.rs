@@ -145,7 +145,9 @@ fn table(good: &Good) -> Vec<Case> {
     }
     table.names("a submodule", "160000", b".git", FORBIDDEN);
 
-    table.tree("a name twice", FORBIDDEN, |forge, blob, _| forge.tree(&[("100644", b"x", blob), ("100644", b"x", blob)]));
+    table.tree("a name twice", FORBIDDEN, |forge, blob, _| {
+        forge.tree(&[("100644", b"x", blob), ("100644", b"x", blob)])
+    });
     table.tree("a file and a directory of one name", FORBIDDEN, |forge, blob, tree| {
         forge.tree(&[("100644", b"x", blob), ("40000", b"x", tree)])
     });
@@ -185,10 +187,14 @@ fn table(good: &Good) -> Vec<Case> {
     table.tree("a directory that is a file's object", DAMAGED, |forge, blob, _| forge.tree(&[("40000", b"x", blob)]));
     table.tree("a file that is a directory's object", DAMAGED, |forge, _, tree| forge.tree(&[("100644", b"x", tree)]));
     table.tree("a link that is a directory's object", DAMAGED, |forge, _, tree| forge.tree(&[("120000", b"x", tree)]));
-    table.tree("a link to a place with a zero in it", End::Either(&[Corrupt, Forbidden, Invalid, ErrorClass::Internal]), |forge, _, _| {
-        let odd = forge.blob("a\0b");
-        forge.tree(&[("120000", b"x", odd)])
-    });
+    table.tree(
+        "a link to a place with a zero in it",
+        End::Either(&[Corrupt, Forbidden, Invalid, ErrorClass::Internal]),
+        |forge, _, _| {
+            let odd = forge.blob("a\0b");
+            forge.tree(&[("120000", b"x", odd)])
+        },
+    );
     table.tree("a link longer than any path", End::Either(&[Corrupt, Forbidden, Quota]), |forge, _, _| {
         let long = forge.blob(&"x".repeat(10_000));
         forge.tree(&[("120000", b"x", long)])
@@ -204,7 +210,9 @@ fn table(good: &Good) -> Vec<Case> {
         let bottom = forge.tree(&[("100644", b"f", blob)]);
         (0..5000).fold(bottom, |inner, _| forge.tree(&[("40000", b"d", inner)]))
     });
-    table.tree("ten thousand million files from eleven objects", End::Refused(&[Quota]), |forge, blob, _| bomb(forge, "100644", blob));
+    table.tree("ten thousand million files from eleven objects", End::Refused(&[Quota]), |forge, blob, _| {
+        bomb(forge, "100644", blob)
+    });
     table.tree("ten thousand million directories without a file", End::Refused(&[Quota]), |forge, _, _| {
         let empty = forge.tree(&[]);
         bomb(forge, "40000", empty)
@@ -282,30 +290,69 @@ fn table(good: &Good) -> Vec<Case> {
         ("a commit whose tree is no id", "tree main\nauthor A <a@example.org> 1 +0000\n\nx\n".to_owned()),
         ("an empty commit object", String::new()),
     ] {
-        table.tip(name, (End::Refused(&[Corrupt, Invalid, Network]), End::Refused(&[Corrupt, Invalid, Network, NotFound])), |forge, _| {
-            forge.add(ObjectType::Commit, text)
-        });
+        table.tip(
+            name,
+            (End::Refused(&[Corrupt, Invalid, Network]), End::Refused(&[Corrupt, Invalid, Network, NotFound])),
+            |forge, _| forge.add(ObjectType::Commit, text),
+        );
     }
     let no_commit = End::Refused(&[Invalid, Corrupt, NotFound]);
     table.tip("a branch that is a file", (no_commit, no_commit), |_, good| good.blob);
     table.tip("a branch that is a tree", (no_commit, no_commit), |_, good| good.tree);
-    table.tip("a branch that is a tag of a file", (no_commit, no_commit), |forge, good| forge.tag(good.blob, "blob", "t"));
-    table.tip("a branch that is a tag that lies", (no_commit, no_commit), |forge, good| forge.tag(good.blob, "commit", "t"));
-    table.tip("a branch that is a tag of ten thousand tags", (End::Either(&[Invalid, Corrupt]), End::Either(&[Invalid, Corrupt])), |forge, good| {
-        (0..10_000).fold(forge.tag(good.commit, "commit", "t"), |inner, _| forge.tag(inner, "tag", "t"))
+    table.tip("a branch that is a tag of a file", (no_commit, no_commit), |forge, good| {
+        forge.tag(good.blob, "blob", "t")
     });
+    table.tip("a branch that is a tag that lies", (no_commit, no_commit), |forge, good| {
+        forge.tag(good.blob, "commit", "t")
+    });
+    table.tip(
+        "a branch that is a tag of ten thousand tags",
+        (End::Either(&[Invalid, Corrupt]), End::Either(&[Invalid, Corrupt])),
+        |forge, good| (0..10_000).fold(forge.tag(good.commit, "commit", "t"), |inner, _| forge.tag(inner, "tag", "t")),
+    );
     table.tip("a branch that is a tag of nothing", (no_commit, no_commit), |forge, _| {
         forge.tag(Oid::from_str(&"1".repeat(40)).unwrap(), "commit", "t")
     });
 
     for (name, spoil) in [
-        ("a pack with a wrong sum", (|mut pack| { let last = pack.len() - 1; pack[last] ^= 1; pack }) as fn(Vec<u8>) -> Vec<u8>),
-        ("a pack cut short", |mut pack| { pack.truncate(pack.len() / 2); pack }),
-        ("a pack with bad compression", |mut pack| { pack.truncate(pack.len() - 20); let middle = 14 + (pack.len() - 14) / 2; pack[middle] ^= 0xff; sealed(pack) }),
-        ("a pack that announces more", |mut pack| { pack.truncate(pack.len() - 20); pack[11] += 1; sealed(pack) }),
-        ("a pack that announces less", |mut pack| { pack.truncate(pack.len() - 20); pack[11] -= 1; sealed(pack) }),
-        ("a pack that announces four thousand million", |mut pack| { pack.truncate(pack.len() - 20); pack[8..12].fill(0xff); sealed(pack) }),
-        ("a pack of another version", |mut pack| { pack.truncate(pack.len() - 20); pack[7] = 9; sealed(pack) }),
+        (
+            "a pack with a wrong sum",
+            (|mut pack| {
+                let last = pack.len() - 1;
+                pack[last] ^= 1;
+                pack
+            }) as fn(Vec<u8>) -> Vec<u8>,
+        ),
+        ("a pack cut short", |mut pack| {
+            pack.truncate(pack.len() / 2);
+            pack
+        }),
+        ("a pack with bad compression", |mut pack| {
+            pack.truncate(pack.len() - 20);
+            let middle = 14 + (pack.len() - 14) / 2;
+            pack[middle] ^= 0xff;
+            sealed(pack)
+        }),
+        ("a pack that announces more", |mut pack| {
+            pack.truncate(pack.len() - 20);
+            pack[11] += 1;
+            sealed(pack)
+        }),
+        ("a pack that announces less", |mut pack| {
+            pack.truncate(pack.len() - 20);
+            pack[11] -= 1;
+            sealed(pack)
+        }),
+        ("a pack that announces four thousand million", |mut pack| {
+            pack.truncate(pack.len() - 20);
+            pack[8..12].fill(0xff);
+            sealed(pack)
+        }),
+        ("a pack of another version", |mut pack| {
+            pack.truncate(pack.len() - 20);
+            pack[7] = 9;
+            sealed(pack)
+        }),
         ("no pack at all", |_| Vec::new()),
         ("noise for a pack", |_| b"noise".repeat(100)),
     ] {
@@ -354,10 +401,12 @@ fn table(good: &Good) -> Vec<Case> {
 /// Ten directories in each, ten times over.
 fn bomb(forge: &mut Forge, mode: &'static str, bottom: Oid) -> Oid {
     let names: Vec<_> = (0..10).map(|name| format!("n{name}")).collect();
-    (0..10).fold((mode, bottom), |(mode, inner), _| {
-        let entries: Vec<_> = names.iter().map(|name| (mode, name.as_bytes(), inner)).collect();
-        ("40000", forge.tree(&entries))
-    }).1
+    (0..10)
+        .fold((mode, bottom), |(mode, inner), _| {
+            let entries: Vec<_> = names.iter().map(|name| (mode, name.as_bytes(), inner)).collect();
+            ("40000", forge.tree(&entries))
+        })
+        .1
 }
 
 pub(crate) fn listing(tip: Oid, more: &[String]) -> Vec<String> {
@@ -393,7 +442,8 @@ pub(crate) async fn run() {
         let begun = Instant::now();
         let target = format!("clone-{number}");
         let fields = json!({"git_url": server.url("clone.git"), "target_path": target});
-        let (project, clone_job) = (storage.join("projects").join(&target), job(number, "clone", 100_000 + number, &fields));
+        let (project, clone_job) =
+            (storage.join("projects").join(&target), job(number, "clone", 100_000 + number, &fields));
         let pulled_before = contents(&pulled.directory());
         let pull_job = job(10_000 + number, "pull", pulled.project, &json!({}));
         let (clone, pull) = tokio::join!(execute(&executor, &clone_job), execute(&executor, &pull_job));
@@ -448,7 +498,8 @@ impl Pulled<'_> {
     /// A fresh one.
     async fn renew(&mut self) {
         self.project += 1;
-        let fields: Value = json!({"git_url": self.server.url("pull.git"), "target_path": format!("p{}", self.project)});
+        let fields: Value =
+            json!({"git_url": self.server.url("pull.git"), "target_path": format!("p{}", self.project)});
         execute(self.executor, &job(50_000 + self.project, "clone", self.project, &fields)).await.unwrap();
     }
 

@@ -47,7 +47,8 @@ impl Forge {
     }
 
     pub(crate) fn tag(&mut self, target: Oid, kind: &str, name: &str) -> Oid {
-        let text = format!("object {target}\ntype {kind}\ntag {name}\ntagger A <a@example.org> 1700000000 +0000\n\nx\n");
+        let text =
+            format!("object {target}\ntype {kind}\ntag {name}\ntagger A <a@example.org> 1700000000 +0000\n\nx\n");
         self.add(ObjectType::Tag, text)
     }
 

@@ -43,7 +43,8 @@ async fn links_may_lead_anywhere_and_are_never_followed() {
             entries.retain(|(_, other, _)| *other != name);
             entries.push((mode, name, id));
         }
-        entries.sort_by_key(|(mode, name, _)| if *mode == "40000" { [name, &b"/"[..]].concat() } else { name.to_vec() });
+        entries
+            .sort_by_key(|(mode, name, _)| if *mode == "40000" { [name, &b"/"[..]].concat() } else { name.to_vec() });
         let tree = forge.tree(&entries);
         forge.commit(tree, &parent.into_iter().collect::<Vec<_>>())
     };

@@ -79,7 +79,9 @@ impl Writer {
             14 => self.unreadable(),
             _ => self.pipe(),
         }
-        self.pause(4000);
+        // In bursts, with time between them for a pull to come through.
+        let most = if self.chance.random_bool(0.3) { 200_000 } else { 3000 };
+        self.pause(most);
     }
 
     /// Ends what runs beside.
@@ -196,7 +198,7 @@ impl Writer {
         }
         self.pause(8000);
         // Sometimes it is thrown away, so that a pull comes through.
-        if self.chance.random_bool(0.7) {
+        if self.chance.random_bool(0.95) {
             let _ = fs::remove_file(&path);
         }
     }

@@ -52,7 +52,8 @@ pub(crate) fn run() {
     assert!(stray.is_empty(), "a delete wrote {stray:?}");
     assert!(traced.written.len() > chosen.len() * 20, "the trace is too short to be one of {} deletes", chosen.len());
     assert_untouched(&before_planted, &snapshot(&scene.outside()), "deleting");
-    let left: Vec<_> = fs::read_dir(scene.storage().join("projects")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        fs::read_dir(scene.storage().join("projects")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, [".haul"], "projects stand after their deletes");
     println!("{} altered projects deleted under a tracer, {} changes seen", chosen.len(), traced.written.len());
 }

@@ -21,7 +21,8 @@ pub(crate) fn check() {
         .collect();
     let mut named = 0;
     for row in &rows {
-        let tests: Vec<&str> = row.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() >= 3).collect();
+        let tests: Vec<&str> =
+            row.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() >= 3).collect();
         assert!(!tests.is_empty(), "a row without a test: {row}");
         for test in tests {
             assert!(sources.contains(&format!("fn {test}(")), "no test is called {test}");

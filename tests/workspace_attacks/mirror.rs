@@ -68,7 +68,14 @@ async fn a_mirror_is_closed_to_every_other_user() {
         use std::os::unix::process::CommandExt;
         let try_it = |line: &str| {
             let script = format!("for m in {}/*.git; do {line}; done", mirrors.display());
-            std::process::Command::new("sh").args(["-c", &script]).uid(USER).gid(USER).output().unwrap().status.success()
+            std::process::Command::new("sh")
+                .args(["-c", &script])
+                .uid(USER)
+                .gid(USER)
+                .output()
+                .unwrap()
+                .status
+                .success()
         };
         assert!(!try_it("ls $m/objects") && !try_it("cat $m/packed-refs") && !try_it("touch $m/x"));
     }
@@ -91,7 +98,8 @@ async fn whoever_lost_access_gets_nothing_from_the_mirror() {
         fs::set_permissions(credentials.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     }
     let executor =
-        open_with(&dir.path().join("storage"), program(), |settings| settings.credentials_path = Some(credentials)).await;
+        open_with(&dir.path().join("storage"), program(), |settings| settings.credentials_path = Some(credentials))
+            .await;
     let clone = |number: i64, credential: Option<&str>| {
         let mut fields = json!({"git_url": server.url("app.git"), "target_path": format!("p{number}")});
         if let Some(credential) = credential {

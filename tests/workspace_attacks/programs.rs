@@ -44,7 +44,11 @@ const fn config(name: &'static str, config: &'static str, by: &'static [&'static
     Payload { name, config, files: &[], shown: Shown::By(by) }
 }
 
-const fn hook(name: &'static str, file: &'static [(&'static str, &'static str)], by: &'static [&'static str]) -> Payload {
+const fn hook(
+    name: &'static str,
+    file: &'static [(&'static str, &'static str)],
+    by: &'static [&'static str],
+) -> Payload {
     Payload { name, config: "", files: file, shown: Shown::By(by) }
 }
 
@@ -187,12 +191,16 @@ impl Payload {
                 "!pty" => {
                     let mut pty = std::process::Command::new("script");
                     pty.args(["-qec", &format!("git {line}"), "/dev/null"]).current_dir(project);
-                    pty.env("GIT_CONFIG_GLOBAL", scene::global()).env("TERM", "dumb").env_remove("GIT_PAGER").env_remove("PAGER");
+                    pty.env("GIT_CONFIG_GLOBAL", scene::global())
+                        .env("TERM", "dumb")
+                        .env_remove("GIT_PAGER")
+                        .env_remove("PAGER");
                     git = pty;
                 }
                 "!alternate" => {
                     let objects = project.join(".git/objects/info/alternates");
-                    fs::write(objects, format!("{}\n", mark.parent().unwrap().join("other/.git/objects").display())).unwrap();
+                    fs::write(objects, format!("{}\n", mark.parent().unwrap().join("other/.git/objects").display()))
+                        .unwrap();
                 }
                 "!edit" => write(project, "a.txt", "another\n"),
                 "!loose" => drop(scene::feed(project, &["hash-object", "-w", "--stdin"], b"nobody's")),
@@ -203,7 +211,12 @@ impl Payload {
             }
             if line == "credential fill" {
                 use std::io::Write;
-                let mut child = git.stdin(std::process::Stdio::piped()).stderr(std::process::Stdio::null()).stdout(std::process::Stdio::null()).spawn().unwrap();
+                let mut child = git
+                    .stdin(std::process::Stdio::piped())
+                    .stderr(std::process::Stdio::null())
+                    .stdout(std::process::Stdio::null())
+                    .spawn()
+                    .unwrap();
                 let _ = child.stdin.take().unwrap().write_all(b"protocol=http\nhost=localhost\n\n");
                 child.wait().unwrap();
                 return Some(Vec::new());
@@ -213,12 +226,20 @@ impl Payload {
         match &self.shown {
             Shown::By(lines) => {
                 let said: Vec<_> = lines.iter().map(|line| run(line)).collect();
-                if mark.exists() { Ok("runs") } else { Err(said.into_iter().flatten().map(|said| scene::text(&said)).collect()) }
+                if mark.exists() {
+                    Ok("runs")
+                } else {
+                    Err(said.into_iter().flatten().map(|said| scene::text(&said)).collect())
+                }
             }
             Shown::Connects(line) => {
                 let before = trap.met.load(Ordering::SeqCst);
                 let said = run(line);
-                if trap.met.load(Ordering::SeqCst) > before { Ok("connects") } else { Err(scene::text(&said.unwrap_or_default())) }
+                if trap.met.load(Ordering::SeqCst) > before {
+                    Ok("connects")
+                } else {
+                    Err(scene::text(&said.unwrap_or_default()))
+                }
             }
             Shown::Hangs(line) => match run(line) {
                 None => Ok("hangs"),
@@ -272,7 +293,8 @@ pub(crate) async fn run() {
     assert_eq!((pulled.updated, pulled.head.as_deref()), (Some(true), Some(scene.second.as_str())));
     assert_eq!(self::users(&project), users, "a file of the user was changed");
     // Again with everything in the way of a reset.
-    let third = scene::commit(&scene.upstream.path(), &[("a.txt", "three\n"), ("mine.txt", "upstream's\n"), ("b.txt", "bb\n")]);
+    let third =
+        scene::commit(&scene.upstream.path(), &[("a.txt", "three\n"), ("mine.txt", "upstream's\n"), ("b.txt", "bb\n")]);
     let reset = scene.run("pull", 1, json!({"on_conflict": "reset"})).await.unwrap();
     assert_eq!(reset.head.as_deref(), Some(third.as_str()));
     scene.clone(2, "elsewhere").await.unwrap();
@@ -291,7 +313,12 @@ pub(crate) async fn run() {
         .collect();
     assert!(fired.is_empty(), "these ran: {fired:?}");
     assert_eq!(trap.met.load(Ordering::SeqCst), met, "somebody connected to the trap");
-    println!("{} payloads that run programs or redirect connections, {} traces of children, as {}", PAYLOADS.len(), traces.len(), who());
+    println!(
+        "{} payloads that run programs or redirect connections, {} traces of children, as {}",
+        PAYLOADS.len(),
+        traces.len(),
+        who()
+    );
 }
 
 /// Who runs this.

@@ -249,7 +249,8 @@ fn show(
     };
     let result = match shown {
         Shown::Changes(lines) => {
-            let said: Vec<_> = lines.iter().map(|line| run(line).map(|output| crate::scene::text(&output.stderr))).collect();
+            let said: Vec<_> =
+                lines.iter().map(|line| run(line).map(|output| crate::scene::text(&output.stderr))).collect();
             if snapshot(&outside) == before { Err(format!("{said:?}")) } else { Ok("changes what is outside") }
         }
         Shown::Reads => {

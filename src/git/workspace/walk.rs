@@ -97,7 +97,9 @@ pub(super) fn walk(repo: &Repository, tree: ObjectId, budget: Budget, reporter: 
                         return Err(missing(&inner, "it is no file"));
                     }
                     if entry.mode().is_link() {
-                        let why = check_link(header.size(), || repo.find_object(entry.object_id()).map(|link| link.detach().data));
+                        let why = check_link(header.size(), || {
+                            repo.find_object(entry.object_id()).map(|link| link.detach().data)
+                        });
                         why.map_err(|why| refused(&path, name, why))?;
                     }
                     size.bytes = size.bytes.saturating_add(header.size());
@@ -217,7 +219,9 @@ mod tests {
         }
         assert!(check_name(&[b'x'; 256], EntryKind::Blob).is_err());
         assert!(check_name(b".gitmodules", EntryKind::Link).is_err());
-        for name in [&b".gitignore"[..], b".gitmodules", b"a b", b"con", b"\xff\xfe", b"a:b", b"...", b".github", b"a\\b"] {
+        for name in
+            [&b".gitignore"[..], b".gitmodules", b"a b", b"con", b"\xff\xfe", b"a:b", b"...", b".github", b"a\\b"]
+        {
             assert!(check_name(name, EntryKind::Blob).is_ok(), "{:?}", name.as_bstr());
         }
     }
