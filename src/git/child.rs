@@ -31,6 +31,9 @@ pub use self::{
     serve::{Reporter, serve},
 };
 
+/// How a failure begins that is one of memory.
+pub(super) const TOO_MUCH_MEMORY: &str = "this needs more memory than git.child_memory";
+
 /// What a child is for. Roles never mix: each sees only what its work needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -40,6 +43,8 @@ pub enum Role {
     Pack,
     /// Reads and writes one project.
     Workspace,
+    /// Reads and writes one mirror, without the network; belongs to no task.
+    Upkeep,
 }
 
 impl Role {
@@ -50,6 +55,7 @@ impl Role {
             Self::Transfer => "transfer",
             Self::Pack => "pack",
             Self::Workspace => "workspace",
+            Self::Upkeep => "upkeep",
         }
     }
 
@@ -57,7 +63,7 @@ impl Role {
     const fn longest_line(self) -> usize {
         match self {
             Self::Transfer => 32 << 20,
-            Self::Pack | Self::Workspace => 1 << 20,
+            Self::Pack | Self::Workspace | Self::Upkeep => 1 << 20,
         }
     }
 }
@@ -234,6 +240,10 @@ fn broken(role: Role, how: &str, ended: &Ended) -> Failure {
         message.push_str(": ");
         message.push_str(&ended.said);
     }
+    // The runtime's own last words; they are not translated.
+    if ended.said.contains("memory allocation of") {
+        return Failure::new(ErrorClass::Quota, format!("{TOO_MUCH_MEMORY}: {message}"));
+    }
     Failure::internal(message)
 }
 
@@ -253,6 +263,10 @@ pub fn main(role: &str) -> ExitCode {
         "workspace" => {
             serve::set_umask(0o022);
             super::workspace::main()
+        }
+        "upkeep" => {
+            serve::set_umask(0o077);
+            super::mirror::main()
         }
         _ => ExitCode::from(2),
     }

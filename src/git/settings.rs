@@ -5,8 +5,20 @@ mod host;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
+/// What speaks git's protocol with an upstream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// The library that is built in.
+    #[default]
+    Gix,
+    /// The `git` command of the node.
+    Git,
+}
+
+pub(super) use host::of as of_tables;
 pub use host::{HostSettings, Proxy};
 
 use super::{child::Sandbox, owner::Owners};
@@ -16,6 +28,19 @@ use crate::protocol::Owner;
 const LEAST_MEMORY: ByteSize = ByteSize::mib(64);
 /// The longest pause that may be set for a host that is down.
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
+
+/// How mirrors of many packs are made into mirrors of one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Repack {
+    /// By the git of the node; fetched anew where there is none.
+    #[default]
+    Git,
+    /// Fetched anew beside the old one.
+    Fetch,
+    /// Not at all.
+    Off,
+}
 
 /// `[git]`: what is allowed, within which bounds, and how it is done.
 #[derive(Clone, Debug, Deserialize)]
@@ -36,6 +61,11 @@ pub struct GitSettings {
     /// How long a child that was asked to end may take before it is killed.
     #[serde(with = "humantime_serde")]
     pub kill_grace: Duration,
+    /// What speaks with upstreams.
+    pub transport: Engine,
+    /// Whether the `git` command of the node, where there is one that can be used, tries again what the library failed
+    /// at with `corrupt` or `internal`.
+    pub transport_fallback: bool,
     /// Whether `http://` upstreams are allowed.
     pub allow_http: bool,
     /// Whether `file://` upstreams are allowed; for tests and the demo.
@@ -68,6 +98,12 @@ pub struct GitSettings {
     /// Not by default: whoever deletes a project expects its disk back and its content gone from the node. A node that
     /// clones the same upstreams again and again may keep them.
     pub keep_mirrors: bool,
+    /// How many bytes all mirrors together may have before those not used for longest are removed; 0 for no limit.
+    ///
+    /// Projects do not need them: they have their own copies. What goes is the saving of the next fetch.
+    pub mirror_budget: ByteSize,
+    /// How mirrors of many packs are made into mirrors of one.
+    pub repack: Repack,
     /// The most files that a project may have.
     pub max_files: u64,
     /// The most bytes that a project's files may have.
@@ -90,6 +126,8 @@ impl Default for GitSettings {
             stall: Duration::from_mins(1),
             max_stall: Duration::from_mins(10),
             kill_grace: Duration::from_secs(2),
+            transport: Engine::default(),
+            transport_fallback: true,
             allow_http: false,
             allow_file: false,
             allow_loopback: false,
@@ -104,6 +142,8 @@ impl Default for GitSettings {
             ca_file: None,
             known_hosts: None,
             keep_mirrors: false,
+            mirror_budget: ByteSize::gib(50),
+            repack: Repack::default(),
             max_files: 1_000_000,
             max_bytes: ByteSize::gib(20),
             sandbox: Sandbox::Require,

@@ -75,7 +75,11 @@ fn copy_files(
     Ok(())
 }
 
-fn copy_file(source: &File, target: &File, moved: &mut dyn FnMut(u64) -> Result<(), Failure>) -> Result<(), Failure> {
+pub(super) fn copy_file(
+    source: &File,
+    target: &File,
+    moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let length = source.metadata()?.len();
     if ioctl_ficlone(target, source).is_ok() {
         return moved(length);

@@ -128,7 +128,7 @@ pub(super) fn clear(root: &Dir, changes: &mut [Change], saved: Vec<Saved>) -> Re
             continue;
         }
         let (old, longest) = (Some(file.side), file.length);
-        let judged = Change { path: file.path, old, new: None, also: Vec::new(), longest };
+        let judged = Change { path: file.path, old, new: None, also: Vec::new(), lfs: Vec::new(), longest };
         if !plan::is_clean(root, &judged)? {
             let shown = String::from_utf8_lossy(&judged.path).into_owned();
             return Err(altered(format!("{shown} changed while it was saved")));

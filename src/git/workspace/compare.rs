@@ -153,7 +153,7 @@ impl Compare<'_> {
             longest = longest.max(length as u64);
             self.bytes = self.bytes.saturating_add(length as u64);
         }
-        self.all.push(Change { path, old, new, also: Vec::new(), longest });
+        self.all.push(Change { path, old, new, also: Vec::new(), lfs: Vec::new(), longest });
         if self.all.len() as u64 > self.budget.files || self.bytes > self.budget.bytes {
             return Err(over());
         }

@@ -3,7 +3,8 @@
 use std::{
     collections::{BTreeMap, HashSet},
     ffi::OsStr,
-    io::{self, Read},
+    fs::File,
+    io::{self, Read, Write as _},
     os::unix::ffi::OsStrExt,
 };
 
@@ -13,10 +14,13 @@ use rustix::{
     io::Errno,
 };
 
-use super::guard::{altered, among};
+use super::{
+    guard::{altered, among},
+    lfs,
+};
 use crate::{
     failure::Failure,
-    git::{child::Reporter, projects::Dir},
+    git::{child::Reporter, pointer::Pointer, projects::Dir},
 };
 
 /// The deepest directory of a user's that is looked into; what is deeper is in the way.
@@ -42,7 +46,9 @@ pub(super) struct Change {
     pub(super) new: Option<Side>,
     /// Other contents that are not the user's, or were saved: what a filter makes of either side.
     pub(super) also: Vec<Side>,
-    /// The length of the longest of all these: a file that is longer is none of them, and is not read to find out.
+    /// Either side as an LFS pointer, and whether it may be executed: what it points to is not the user's either.
+    pub(super) lfs: Vec<(Pointer, bool)>,
+    /// The length of the longest of the sides: a file that is longer is none of them, and is not read to find out.
     pub(super) longest: u64,
 }
 
@@ -158,7 +164,7 @@ pub(super) fn is_clean(root: &Dir, change: &Change) -> Result<bool, Failure> {
 /// Whether what stands at `path` is not the user's own, judged as the path of `change`.
 pub(super) fn is_clean_at(root: &Dir, path: &[u8], change: &Change) -> Result<bool, Failure> {
     let found = find(root, path)?;
-    if found == Found::Nothing {
+    if found == Found::Nothing || lfs::is_fetched(root, path, change, &found)? {
         return Ok(true);
     }
     // One that was made a terabyte long is not read into memory.
@@ -194,21 +200,20 @@ fn holds_only(root: &Dir, path: &[u8], judged: &HashSet<&[u8]>, deepest: usize) 
 
 /// Whether what was found is `side`, byte for byte.
 fn equals(root: &Dir, path: &[u8], found: &Found, side: Side) -> Result<bool, Failure> {
-    let content = match found {
-        Found::Link(target) if side.is_link() => target.clone(),
+    let id = match found {
+        Found::Link(target) if side.is_link() => Oid::hash_object(ObjectType::Blob, target),
         Found::Directory => return Ok(side.is_submodule()),
         Found::File { executable, .. } if !side.is_link() && !side.is_submodule() => {
             if *executable != (side.mode & 0o100 != 0) {
                 return Ok(false);
             }
-            match read(root, path)? {
-                Some(content) => content,
+            match blob(root, path)? {
+                Some(id) => Ok(id),
                 None => return Ok(false),
             }
         }
         _ => return Ok(false),
     };
-    let id = Oid::hash_object(ObjectType::Blob, &content);
     Ok(id.map_err(|error| Failure::internal(error.to_string()))? == side.id)
 }
 
@@ -248,12 +253,24 @@ pub(super) fn enter(root: &Dir, path: &[u8]) -> Result<Option<Dir>, Failure> {
 }
 
 /// Opens a regular file; `None` where there is none by now.
-pub(super) fn open(root: &Dir, path: &[u8]) -> Result<Option<std::fs::File>, Failure> {
+pub(super) fn open(root: &Dir, path: &[u8]) -> Result<Option<File>, Failure> {
     match root.open_file(OsStr::from_bytes(path), OFlags::RDONLY, 0) {
         Ok(file) => Ok(file.metadata().map_err(among)?.is_file().then_some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(altered(format!("{}: {error}", String::from_utf8_lossy(path)))),
     }
+}
+
+/// The id that the content of a regular file has as a blob, whatever its length; `None` where it is none by now.
+fn blob(root: &Dir, path: &[u8]) -> Result<Option<Oid>, Failure> {
+    let Some(file) = open(root, path)? else { return Ok(None) };
+    let length = file.metadata().map_err(among)?.len();
+    let mut hash = gix::hash::io::Write::new(io::sink(), gix::hash::Kind::Sha1);
+    write!(hash, "blob {length}\0")?;
+    // One that grows while it is read is not the old one anyway.
+    io::copy(&mut file.take(length + 1), &mut hash).map_err(among)?;
+    let id = hash.hash.try_finalize().map_err(|error| Failure::internal(error.to_string()))?;
+    Ok(Some(Oid::from_bytes(id.as_slice()).map_err(|error| Failure::internal(error.to_string()))?))
 }
 
 /// Reads a regular file whole; `None` where it is none by now.

@@ -20,6 +20,7 @@ use crate::{
     git::{
         child::{Reporter, inherited},
         projects::Dir,
+        room,
     },
     protocol::Progress,
 };
@@ -29,11 +30,18 @@ const CHUNK: usize = 128 << 10;
 /// How long nothing may come before the agent is told that it is not our fault: whoever sends has a limit of its own.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// Indexes the pack that comes through descriptor `number`; the objects of `repo` complete it.
+/// Indexes the pack that comes through descriptor `number`; the objects of `repo` complete it. Of the disk `reserve`
+/// bytes stay free.
 ///
 /// # Errors
 /// `corrupt` where it is cut or wrong.
-pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn receive(
+    repo: &Repository,
+    waiting: &Waiting,
+    number: i32,
+    reserve: u64,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
     let mut pipe = inherited(number)?;
     let (sender, chunks) = sync_channel::<std::io::Result<Vec<u8>>>(4);
     std::thread::spawn(move || {
@@ -86,6 +94,7 @@ pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporte
     });
     let mut chunk = head;
     while !chunk.is_empty() {
+        room::room(&place, "projects", chunk.len() as u64, reserve)?;
         if writer.write_all(&chunk).is_err() {
             return Err(write_fault());
         }
@@ -125,7 +134,7 @@ fn cut() -> Failure {
 /// The writer of packs says nothing of its own errors but through the library's last one.
 fn write_fault() -> Failure {
     match git2::Error::last_error(-1) {
-        error if error.message().contains("No space left") => {
+        error if room::refused(error.message()) => {
             Failure::new(ErrorClass::Disk, format!("a pack cannot be written: {}", error.message()))
         }
         error => Failure::internal(format!("a pack cannot be written: {}", error.message())),

@@ -154,7 +154,7 @@ pub(super) fn check_link<E>(length: u64, read: impl FnOnce() -> Result<Vec<u8>, 
 ///
 /// # Errors
 /// Why not.
-pub(super) fn check_name(name: &[u8], kind: EntryKind) -> Result<(), &'static str> {
+pub(in crate::git) fn check_name(name: &[u8], kind: EntryKind) -> Result<(), &'static str> {
     if name.len() > 255 {
         return Err("is longer than a file system takes");
     }
