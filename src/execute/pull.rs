@@ -199,7 +199,7 @@ async fn bring(
     };
     let children = git.children.of(binding.owner);
     if wants.is_empty() {
-        return workspace::pull(&children, dir.handle()?, None, order, run, note).await;
+        return workspace::pull(&children, dir.handle()?, None, order, run, note).await.map_err(incomplete);
     }
     let (reader, writer) = std::io::pipe()?;
     let pull = workspace::pull(&children, dir.handle()?, Some(OwnedFd::from(reader)), order, run, note);
@@ -213,18 +213,31 @@ async fn bring(
         packed
     };
     tokio::pin!(pull, pack);
-    tokio::select! {
+    let (pulled, packed) = tokio::select! {
         pulled = &mut pull => match pulled {
-            Ok(pulled) => Ok(pulled),
-            // The cause of a cut pack is at its other end; a pipe that nobody reads any more ends that too.
-            Err(failure) if matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(pack.await.err().unwrap_or(failure)),
-            Err(failure) => Err(failure),
+            // The cause of a pack that was cut is at its other end; a pipe that nobody reads any more ends that too.
+            Err(failure) if wants_a_cause(&failure) => (Err(failure), pack.await.err()),
+            other => (other, None),
         },
-        packed = &mut pack => match (packed, pull.await) {
-            // Whoever does not read to the end knows better why.
-            (Err(failure), Err(cause)) if matches!(cause.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(failure),
-            (_, pulled) => pulled,
-        }
+        packed = &mut pack => (pull.await, packed.err()),
+    };
+    pulled.map_err(|failure| match packed {
+        Some(cut) if cut.class != ErrorClass::Internal || wants_a_cause(&failure) => cut,
+        // Whoever reads no more says why; a pack that nobody reads has no cause of its own.
+        _ => incomplete(failure),
+    })
+}
+
+/// Whether a failure of the workspace's side may follow from one of the mirror's.
+fn wants_a_cause(failure: &Failure) -> bool {
+    matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt | ErrorClass::NotFound)
+}
+
+/// What is missing although the mirror sent all that the project said it lacks was taken out of the project.
+fn incomplete(failure: Failure) -> Failure {
+    match failure.class {
+        ErrorClass::NotFound => Failure::conflict(format!("the workspace was altered: {}", failure.message)),
+        _ => failure,
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod apply;
 mod backup;
+mod compare;
 mod guard;
 mod index;
 mod lfs;
@@ -15,6 +16,7 @@ mod plan;
 mod pull;
 mod pulse;
 mod receive;
+mod settings;
 mod skeleton;
 mod submodules;
 mod waiting;
@@ -173,8 +175,8 @@ pub(super) fn main() -> ExitCode {
         let directory = directory(request.directory)?;
         let done = pulse::with(reporter, || match request.order {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
-            Order::Look(order) => value(look::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
-            Order::Pull(order) => value(pull::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
+            Order::Look(order) => value(look::run(&directory, &order, reporter)?),
+            Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
             Order::Survey(order) => value(submodules::run_survey(&directory, &order, reporter)?),
             Order::Add(order) => value(submodules::run_add(&directory, &order, reporter)?),
             Order::Collect(order) => value(lfs::run_collect(&directory, &order, reporter)?),
@@ -183,16 +185,6 @@ pub(super) fn main() -> ExitCode {
         let place = PathBuf::from(format!("/proc/self/fd/{}/.", directory.as_fd().as_raw_fd()));
         done.map_err(|failure| room::blamed(failure, &[&place]))
     })
-}
-
-/// What the owner of a project may not touch, or what leads out of it, is not as the agent made it.
-fn unreachable_to_its_owner(failure: Failure) -> Failure {
-    // What the system said has become words by now.
-    let denied = std::io::Error::from(rustix::io::Errno::ACCESS).to_string();
-    if failure.class == ErrorClass::Internal && failure.message.contains(&denied) {
-        return guard::altered(failure.message);
-    }
-    failure
 }
 
 fn directory(number: i32) -> Result<Dir, Failure> {

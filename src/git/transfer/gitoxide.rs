@@ -118,6 +118,8 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
             Stage::Listing if !broken && (error.is_unsupported() || error.is_validation()) => ErrorClass::NotFound,
             // It refuses in its own words: mostly since the refs have changed since they were listed.
             Stage::Receiving if text.contains("ERR ") => ErrorClass::Network,
+            // An object that is larger than everything together may be.
+            Stage::Receiving if text.contains("too large to fit in memory") => ErrorClass::Quota,
             Stage::Receiving if !broken && error.is_corrupted() => ErrorClass::Corrupt,
             Stage::Listing | Stage::Receiving => ErrorClass::Network,
         };

@@ -275,10 +275,10 @@ fn pointer(odb: &Odb<'_>, side: Side) -> Result<Option<Pointer>, Failure> {
 }
 
 /// Whether what was found at `path` is what one of the pointers of a change points to.
-pub(super) fn is_fetched(root: &Dir, change: &Change, found: &Found) -> Result<bool, Failure> {
+pub(super) fn is_fetched(root: &Dir, path: &[u8], change: &Change, found: &Found) -> Result<bool, Failure> {
     let Found::File { length, executable } = found else { return Ok(false) };
     for (pointer, _) in change.lfs.iter().filter(|(pointer, mode)| pointer.size() == *length && mode == executable) {
-        let Ok(file) = root.open_file(OsStr::from_bytes(&change.path), OFlags::RDONLY, 0) else { return Ok(false) };
+        let Ok(file) = root.open_file(OsStr::from_bytes(path), OFlags::RDONLY, 0) else { return Ok(false) };
         // One that grows while it is read is another one.
         let mut file = file.take(length.saturating_add(1));
         let mut hash = Sha256::new();

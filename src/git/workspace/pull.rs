@@ -11,12 +11,12 @@
 
 use std::collections::BTreeMap;
 
-use git2::{Index, Oid, Repository, RepositoryState};
+use git2::{Index, ObjectType, Oid, Repository, RepositoryState};
 use serde::{Deserialize, Serialize};
 
 use super::{
     apply::{self, Stage},
-    backup,
+    backup, compare,
     index::Copied,
     lfs,
     look::{Head, head},
@@ -172,6 +172,10 @@ impl Work<'_> {
         if now == Some(tip) {
             return Ok(());
         }
+        if self.repo.find_object(tip, None).is_ok_and(|object| object.kind() != Some(ObjectType::Commit)) {
+            let message = format!("the upstream's branch {branch} is not a commit");
+            return Err(Failure::new(ErrorClass::Corrupt, message));
+        }
         // Reachable from what is being moved to, so nothing of the user's is left behind.
         let known: Vec<Oid> = now.into_iter().chain(self.tracked(branch)).collect();
         receive::prove(self.repo, tip, &known, self.reporter)?;
@@ -202,16 +206,22 @@ impl Work<'_> {
             None => None,
         };
         let new_tree = self.repo.find_commit(new).and_then(|commit| commit.tree()).map_err(unreadable)?;
-        let mut changes = plan::changes(self.repo, old_tree.as_ref(), &new_tree, self.order.budget, self.reporter)?;
+        let mut changes = compare::changes(self.repo, old_tree.as_ref(), &new_tree, self.order.budget, self.reporter)?;
         changes.sort_by(|a, b| a.path.cmp(&b.path));
         let mut copied = Copied::open(self.waiting)?;
         if self.waiting.git.look("index.lock")?.is_some() {
             return Err(waiting::locked());
         }
+        // Taken last of all: whoever holds it is not to find the files moved and the branch not.
+        let lock = format!("refs/heads/{branch}.lock");
+        if self.waiting.git.look(&lock).is_ok_and(|found| found.is_some()) {
+            return Err(waiting::held(&lock));
+        }
         let written = |change: &&Change| change.new.is_some_and(|side| !side.is_submodule());
         let paths: Vec<Vec<u8>> = changes.iter().filter(written).map(|change| change.path.clone()).collect();
         let paths: Vec<&[u8]> = paths.iter().map(Vec::as_slice).collect();
         let stage = Stage::new(self.repo, self.waiting, new_tree.id(), &paths)?;
+        stage.check(&paths)?;
         // A device that fails is to fail before anything of the project is exchanged for what it may have lost.
         rustix::fs::syncfs(self.root).map_err(std::io::Error::from)?;
         self.reporter.step();
@@ -241,7 +251,7 @@ impl Work<'_> {
         let submodule = |side: Option<Side>| side.is_some_and(Side::is_submodule);
         let modules = changes.iter().filter(|change| submodule(change.old) || submodule(change.new)).count();
         let left = (modules as u64, lfs::brought(self.repo, &self.waiting.git, &changes)?);
-        apply::apply(self.root, &stage, &changes, self.reporter)?;
+        apply::apply(self.root, self.waiting, &stage, &changes, self.reporter)?;
         self.left = (self.left.0 + left.0, self.left.1 + left.1);
         copied.put(self.waiting, self.root, &changes)?;
         self.point(branch, old, new)
@@ -269,10 +279,10 @@ impl Work<'_> {
         for at in judged {
             let change = &mut changes[at];
             if let (Some(old), Some(stage)) = (change.old, &old_stage) {
-                change.also.extend(stage.side(&change.path, old)?);
+                change.allow(stage.side(&change.path, old)?);
             }
             if let Some(new) = change.new {
-                change.also.extend(stage.side(&change.path, new)?);
+                change.allow(stage.side(&change.path, new)?);
             }
         }
         Ok(())

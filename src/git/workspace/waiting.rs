@@ -18,7 +18,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::plan;
+use super::{guard::among, plan};
 use crate::{failure::Failure, git::projects::Dir};
 
 /// How such directories begin.
@@ -48,14 +48,14 @@ impl Waiting {
     /// Makes one in `repo`.
     pub(super) fn new(repo: &Repository) -> Result<Self, Failure> {
         let path = repo.path().join(format!("haul-waiting-{:032x}", rand::random::<u128>()));
-        fs::create_dir(&path)?;
-        Ok(Self { dir: Dir::open(&path)?, git: Dir::open(repo.path())?, path })
+        fs::create_dir(&path).map_err(among)?;
+        Ok(Self { dir: Dir::open(&path).map_err(among)?, git: Dir::open(repo.path()).map_err(among)?, path })
     }
 
     /// Makes a directory in it that nobody else has.
     pub(super) fn directory(&self) -> Result<PathBuf, Failure> {
         let path = self.path.join(format!("{:032x}", rand::random::<u128>()));
-        fs::create_dir(&path)?;
+        fs::create_dir(&path).map_err(among)?;
         Ok(path)
     }
 
@@ -70,7 +70,7 @@ impl Waiting {
         for (name, id) in refs {
             let _ = writeln!(text, "{id} {name}");
         }
-        Ok(fs::write(self.join(REFS), text)?)
+        fs::write(self.join(REFS), text).map_err(among)
     }
 
     /// Puts the new index into its place, under the lock that git takes for it.
@@ -89,10 +89,13 @@ impl Waiting {
         match taken {
             Ok(()) => {}
             Err(Errno::EXIST) => return Err(locked()),
-            Err(error) => return Err(io::Error::from(error).into()),
+            Err(error) => return Err(among(error.into())),
         }
-        let put = if unchanged(&self.git)? {
-            renameat(&self.git, lock, &self.git, INDEX).map_err(|error| io::Error::from(error).into())
+        let put = if unchanged(&self.git).map_err(among)? {
+            renameat(&self.git, lock, &self.git, INDEX).map_err(|error| {
+                let _ = unlinkat(&self.git, lock, AtFlags::empty());
+                among(error.into())
+            })
         } else {
             let _ = unlinkat(&self.git, lock, AtFlags::empty());
             Err(Failure::conflict("another git program changed the index of the project during the pull; pull again"))
@@ -111,18 +114,23 @@ impl Drop for Waiting {
 
 /// The conflict that a held lock of the index is.
 pub(super) fn locked() -> Failure {
-    Failure::conflict("another git program is at work in the project (.git/index.lock is there)")
+    held("index.lock")
+}
+
+/// The conflict that a held lock is.
+pub(super) fn held(lock: &str) -> Failure {
+    Failure::conflict(format!("another git program is at work in the project (.git/{lock} is there)"))
 }
 
 /// Removes what killed pulls left, with their locks.
 pub(super) fn sweep(repo: &Repository) -> Result<(), Failure> {
-    let git = Dir::open(repo.path())?;
-    for (name, kind) in git.entries()? {
+    let git = Dir::open(repo.path()).map_err(among)?;
+    for (name, kind) in git.entries().map_err(among)? {
         if is_ours(&name) && kind == rustix::fs::FileType::Directory {
-            let left = git.child(&name)?;
+            let left = git.child(&name).map_err(among)?;
             release_index(&git, &left)?;
             release_refs(&git, &left)?;
-            fs::remove_dir_all(repo.path().join(Path::new(&name)))?;
+            fs::remove_dir_all(repo.path().join(Path::new(&name))).map_err(among)?;
         }
     }
     Ok(())
@@ -130,17 +138,19 @@ pub(super) fn sweep(repo: &Repository) -> Result<(), Failure> {
 
 /// Removes the lock of the index if it is the very file that waits in `left`.
 fn release_index(git: &Dir, left: &Dir) -> Result<(), Failure> {
-    if let (Some(ours), Some(lock)) = (left.look(INDEX)?, git.look("index.lock")?)
+    let look = |dir: &Dir, name| dir.look(name).map_err(among);
+    if let (Some(ours), Some(lock)) = (look(left, INDEX)?, look(git, "index.lock")?)
         && (ours.st_dev, ours.st_ino) == (lock.st_dev, lock.st_ino)
     {
-        unlinkat(git, "index.lock", AtFlags::empty()).map_err(io::Error::from)?;
+        unlinkat(git, "index.lock", AtFlags::empty()).map_err(|error| among(error.into()))?;
     }
     Ok(())
 }
 
 /// Removes the locks of refs that hold what the killed pull was about to write, or nothing yet.
 fn release_refs(git: &Dir, left: &Dir) -> Result<(), Failure> {
-    let Some(list) = left.read(REFS, LONGEST)? else { return Ok(()) };
+    // One that cannot be read is none of ours.
+    let Ok(Some(list)) = left.read(REFS, LONGEST) else { return Ok(()) };
     for line in list.split(|&byte| byte == b'\n') {
         let Some((id, name)) = line.split_at_checked(40).filter(|(_, name)| name.starts_with(b" refs/")) else {
             continue;
