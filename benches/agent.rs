@@ -112,12 +112,8 @@ impl Agent {
             type_: Some(format!("task.{kind}")),
             ..Message::default()
         };
-        let outgoing = Outgoing {
-            exchange: self.names.task(),
-            routing_key: "bench".to_owned(),
-            message,
-            mandatory: true,
-        };
+        let outgoing =
+            Outgoing { exchange: self.names.task(), routing_key: "bench".to_owned(), message, mandatory: true };
         self.master.publish(outgoing).await.expect("the broker takes the task");
         id
     }

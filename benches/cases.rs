@@ -156,10 +156,9 @@ async fn pull(world: &mut World, size: &str, path: &Path) {
         theirs.rounds.push(timed(pull()));
     }
     let asked = world.server.counts().listings - before.listings;
-    world.report.say(format!(
-        "no-change pull, {size}: {asked} listings asked for by {} pulls of each side",
-        world.rounds * 3
-    ));
+    world
+        .report
+        .say(format!("no-change pull, {size}: {asked} listings asked for by {} pulls of each side", world.rounds * 3));
     let title = format!("Pull with nothing new, {size}");
     world.report.add(Comparison { name: format!("pull-none-{size}"), title, series: vec![haul, theirs] });
     let (mut haul, mut theirs) = (Series::new("haul pull"), Series::new("git pull"));
@@ -177,7 +176,8 @@ async fn pull(world: &mut World, size: &str, path: &Path) {
 async fn concurrent(world: &mut World, size: &str) {
     let place = world.place(&format!("concurrent-{size}"));
     let mut agent = world.agent(&place, &[TREE_FIRST_OFF]).await;
-    let (mut haul, mut theirs) = (Series::new(format!("haul, {CROWD} clones")), Series::new(format!("git, {CROWD} clones")));
+    let (mut haul, mut theirs) =
+        (Series::new(format!("haul, {CROWD} clones")), Series::new(format!("git, {CROWD} clones")));
     let mut project = 0;
     for round in 0..world.rounds {
         place.settle();
@@ -226,12 +226,8 @@ async fn concurrent(world: &mut World, size: &str) {
 /// A link that lets a fifth of the pack through before the transfer is killed again.
 async fn resume(world: &mut World, size: &str) {
     let place = world.place(&format!("resume-{size}"));
-    let limits = [
-        TREE_FIRST_OFF,
-        ("AGENT_RETRY__MAX_ATTEMPTS", "100"),
-        ("AGENT_RETRY__BASE", "1s"),
-        ("AGENT_RETRY__CAP", "1s"),
-    ];
+    let limits =
+        [TREE_FIRST_OFF, ("AGENT_RETRY__MAX_ATTEMPTS", "100"), ("AGENT_RETRY__BASE", "1s"), ("AGENT_RETRY__CAP", "1s")];
     let mut agent = world.agent(&place, &limits).await;
     let url = world.server.url("whole", size);
     let before = world.server.counts();
@@ -330,7 +326,11 @@ fn ms(duration: Duration) -> f64 {
 /// A measured clone that is not the same as git's is worth nothing.
 fn same_tree(ours: &Path, theirs: &Path) {
     for arguments in [["rev-parse", "HEAD"].as_slice(), &["status", "--porcelain"], &["write-tree"]] {
-        assert_eq!(git(ours, arguments), git(theirs, arguments), "git {arguments:?} says another thing of haul's project");
+        assert_eq!(
+            git(ours, arguments),
+            git(theirs, arguments),
+            "git {arguments:?} says another thing of haul's project"
+        );
     }
     assert_eq!(git(ours, &["rev-list", "--count", "--all"]), git(theirs, &["rev-list", "--count", "--all"]));
 }

@@ -43,7 +43,8 @@ pub(crate) const SHAPES: [Shape; 4] = [
 /// The repository of a shape below `cache`, made if it is not there.
 pub(crate) fn repository(name: &str, cache: &Path) -> PathBuf {
     let shape = SHAPES.iter().find(|shape| shape.name == name);
-    let shape = shape.unwrap_or_else(|| panic!("no repository is called {name}; there are small, medium, large, history"));
+    let shape =
+        shape.unwrap_or_else(|| panic!("no repository is called {name}; there are small, medium, large, history"));
     let path = cache.join(format!("{name}.git"));
     if path.join("whole").exists() {
         return path;
@@ -155,7 +156,8 @@ struct Text {
 impl Text {
     fn new(seed: u64) -> Self {
         let mut text = Self { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1, words: Vec::new() };
-        let syllables = ["re", "ad", "buf", "fer", "con", "fig", "ob", "ject", "in", "dex", "pa", "th", "lo", "ck", "er", "st"];
+        let syllables =
+            ["re", "ad", "buf", "fer", "con", "fig", "ob", "ject", "in", "dex", "pa", "th", "lo", "ck", "er", "st"];
         text.words = (0..12_000)
             .map(|_| (0..2 + text.below(3)).map(|_| syllables[text.below(16) as usize]).collect::<String>())
             .collect();

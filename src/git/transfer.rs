@@ -6,6 +6,7 @@
 mod address;
 mod bare;
 mod budget;
+mod early;
 mod gitoxide;
 mod http;
 mod meter;

@@ -3,7 +3,7 @@
 //! Cloned where the file system can, else copied; never hard links, through which the owner of a project could
 //! change the mirror.
 
-use std::{fs::File, io, os::unix::ffi::OsStrExt, path::Path};
+use std::{fs::File, io, os::unix::ffi::OsStrExt, path::Path, thread::JoinHandle};
 
 use rustix::{
     fs::{FileType, OFlags, copy_file_range, ioctl_ficlone},
@@ -16,7 +16,32 @@ use crate::failure::{ErrorClass, Failure};
 /// How much is copied between two looks at whether to go on.
 const CHUNK: usize = 32 << 20;
 
-/// Copies packs and loose objects from the bare repository `mirror` into the `objects` directory `into`.
+/// What is this long goes down to the disk on its own, while the project is made; what is shorter waits for the end.
+const LONG: u64 = 8 << 20;
+
+/// Files that the disk is taking just now.
+#[derive(Debug, Default)]
+pub(super) struct Writing(Vec<JoinHandle<io::Result<()>>>);
+
+impl Writing {
+    fn start(&mut self, file: File) {
+        // Without a thread it waits for the end like everything else.
+        let writer = std::thread::Builder::new().name("writer".to_owned()).spawn(move || file.sync_data());
+        self.0.extend(writer.ok());
+    }
+
+    /// Waits until the disk has them.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        let ended = |writer: JoinHandle<io::Result<()>>| {
+            writer.join().unwrap_or_else(|_| Err(io::Error::other("writing an object file down failed")))
+        };
+        // All of them, also after one that failed.
+        self.0.drain(..).map(ended).fold(Ok(()), io::Result::and)
+    }
+}
+
+/// Copies packs and loose objects from the bare repository `mirror` into the `objects` directory `into`, and says what
+/// is still on its way to the disk.
 ///
 /// `moved` is told the bytes of every piece, and stops the copy with an error of its own.
 ///
@@ -26,7 +51,8 @@ pub(super) fn copy(
     mirror: &Path,
     into: &Dir,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
-) -> Result<(), Failure> {
+) -> Result<Writing, Failure> {
+    let mut writing = Writing::default();
     let from = Dir::open(&mirror.join("objects"))?;
     let packs = into.ensure("pack", 0o755)?;
     into.ensure("info", 0o755)?;
@@ -34,7 +60,7 @@ pub(super) fn copy(
         let bytes = name.as_bytes();
         if kind == FileType::Directory && bytes.len() == 2 && bytes.iter().all(u8::is_ascii_hexdigit) {
             let fan = name.to_str().ok_or_else(|| Failure::internal("a name of two digits is not text"))?;
-            copy_files(&from.child(&name)?, &into.ensure(fan, 0o755)?, &|file| file.len() == 38, moved)?;
+            copy_files(&from.child(&name)?, &into.ensure(fan, 0o755)?, &|file| file.len() == 38, &mut writing, moved)?;
         }
     }
     match from.child("pack") {
@@ -42,34 +68,39 @@ pub(super) fn copy(
             let whole = |file: &[u8]| {
                 file.starts_with(b"pack-") && [&b".pack"[..], b".idx", b".rev"].iter().any(|end| file.ends_with(end))
             };
-            copy_files(&source, &packs, &whole, moved)
+            copy_files(&source, &packs, &whole, &mut writing, moved)?;
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error.into()),
     }
+    Ok(writing)
 }
 
 fn copy_files(
     from: &Dir,
     into: &Dir,
     wanted: &dyn Fn(&[u8]) -> bool,
+    writing: &mut Writing,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     for (name, kind) in from.entries()? {
         if matches!(kind, FileType::RegularFile | FileType::Unknown) && wanted(name.as_bytes()) {
             let source = from.open_file(&name, OFlags::RDONLY, 0)?;
             let target = into.open_file(&name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
-            copy_file(&source, &target, moved)?;
+            let length = copy_file(&source, &target, moved)?;
             rustix::fs::fchmod(&target, rustix::fs::Mode::from_raw_mode(0o444)).map_err(io::Error::from)?;
+            if length >= LONG {
+                writing.start(target);
+            }
         }
     }
     Ok(())
 }
 
-fn copy_file(source: &File, target: &File, moved: &mut dyn FnMut(u64) -> Result<(), Failure>) -> Result<(), Failure> {
+fn copy_file(source: &File, target: &File, moved: &mut dyn FnMut(u64) -> Result<(), Failure>) -> Result<u64, Failure> {
     let length = source.metadata()?.len();
     if ioctl_ficlone(target, source).is_ok() {
-        return moved(length);
+        return moved(length).map(|()| length);
     }
     let mut copied = 0;
     loop {
@@ -92,5 +123,5 @@ fn copy_file(source: &File, target: &File, moved: &mut dyn FnMut(u64) -> Result<
     if copied != length {
         return Err(Failure::new(ErrorClass::Internal, "a mirror changed while it was copied"));
     }
-    Ok(())
+    Ok(length)
 }

@@ -1,6 +1,12 @@
 //! Projects in the making, apart from view.
 
-use std::{ffi::OsStr, io, os::fd::OwnedFd, path::Path};
+use std::{
+    ffi::OsStr,
+    io,
+    os::fd::OwnedFd,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
 
 use super::{Dir, Projects, objects, start};
 use crate::{failure::Failure, protocol::TaskId};
@@ -10,6 +16,8 @@ use crate::{failure::Failure, protocol::TaskId};
 pub(crate) struct Staging {
     pub(super) name: String,
     pub(super) dir: Dir,
+    /// What of its objects is on its way to the disk.
+    writing: Mutex<objects::Writing>,
 }
 
 impl Staging {
@@ -23,7 +31,9 @@ impl Staging {
         moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let git = self.dir.ensure(".git", 0o755)?;
-        objects::copy(mirror, &git.ensure("objects", 0o755)?, moved)
+        let writing = objects::copy(mirror, &git.ensure("objects", 0o755)?, moved)?;
+        *self.writing.lock().unwrap_or_else(PoisonError::into_inner) = writing;
+        Ok(())
     }
 
     /// Writes everything of it to the disk, once for all its files.
@@ -32,6 +42,7 @@ impl Staging {
     /// `disk` where the disk refuses.
     pub(crate) fn flush(&self) -> Result<(), Failure> {
         self.dir.set_mode(0o755)?;
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner).finish()?;
         // A file system whose device failed keeps the error for this call.
         rustix::fs::syncfs(&self.dir).map_err(io::Error::from)?;
         Ok(())
@@ -55,7 +66,7 @@ impl Projects {
         self.same_root()?;
         let name = format!("{task}-{:032x}", rand::random::<u128>());
         let dir = self.ours.make(&name, 0o700)?;
-        Ok(Staging { name, dir })
+        Ok(Staging { name, dir, writing: Mutex::default() })
     }
 
     /// Removes a project in the making.
