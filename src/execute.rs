@@ -3,6 +3,7 @@
 mod clone;
 mod delete;
 mod executor;
+mod pace;
 mod pull;
 mod reserve;
 mod status;
@@ -14,10 +15,10 @@ use async_trait::async_trait;
 use crate::{
     failure::Failure,
     git::Run,
-    protocol::{Place, ProjectId, Round, Task, TaskResult},
+    protocol::{HostState, Place, ProjectId, Round, Task, TaskResult},
 };
 
-pub use self::executor::GitExecutor;
+pub use self::{executor::GitExecutor, pace::Pace};
 
 /// One execution of a task.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,6 +69,11 @@ pub trait Execute: Send + Sync + 'static {
 
     /// The bounds of one attempt of `task`: its own wishes within the operator's maximum.
     fn limits(&self, task: &Task) -> Limits;
+
+    /// The hosts of upstreams that it talks to, waits for or leaves alone.
+    fn hosts(&self) -> Vec<HostState> {
+        Vec::new()
+    }
 
     /// Executes a task once. Idempotent: running it again after any interruption ends in the same state.
     ///

@@ -4,7 +4,9 @@
 
 pub mod child;
 pub mod credential;
+mod hosts;
 pub mod mirror;
+pub mod owner;
 pub mod pack;
 pub mod policy;
 mod projects;
@@ -14,7 +16,7 @@ pub mod settings;
 mod transfer;
 pub(crate) mod workspace;
 
-pub(crate) use child::Children;
+pub(crate) use child::{Children, Confinement, Support};
 pub(crate) use mirror::{Fetched, Listing, Mirrors, Want};
 pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Projects, PullNote, Site, Staging, Stamp};
 pub use projects::{ProjectRecord, survey};

@@ -90,6 +90,19 @@ struct FilterArgs {
     limit: Option<usize>,
 }
 
+/// Which letters a command that changes something is for, and whether it only says so.
+#[derive(Debug, Args)]
+struct ChangeArgs {
+    #[command(flatten)]
+    filter: FilterArgs,
+    /// Every letter.
+    #[arg(long, conflicts_with_all = ["task", "node", "kind", "class", "project"])]
+    all: bool,
+    /// Say what would be done, and do nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
 /// Arguments of `haul dead list`.
 #[derive(Debug, Args)]
 pub(super) struct ListArgs {
@@ -114,13 +127,7 @@ pub(super) struct ShowArgs {
 #[derive(Debug, Args)]
 pub(super) struct ReplayArgs {
     #[command(flatten)]
-    filter: FilterArgs,
-    /// Replay every letter.
-    #[arg(long, conflicts_with_all = ["task", "node", "kind", "class", "project"])]
-    all: bool,
-    /// Say what would be done, and do nothing.
-    #[arg(long)]
-    dry_run: bool,
+    which: ChangeArgs,
     /// How fast: 5/s, 30/m or 100/h.
     #[arg(long, value_name = "RATE")]
     rate: Option<Rate>,
@@ -136,13 +143,7 @@ pub(super) struct ReplayArgs {
 #[derive(Debug, Args)]
 pub(super) struct DropArgs {
     #[command(flatten)]
-    filter: FilterArgs,
-    /// Drop every letter.
-    #[arg(long, conflicts_with_all = ["task", "node", "kind", "class", "project"])]
-    all: bool,
-    /// Say what would be done, and do nothing.
-    #[arg(long)]
-    dry_run: bool,
+    which: ChangeArgs,
     /// Do not ask.
     #[arg(long)]
     yes: bool,
@@ -166,15 +167,14 @@ impl FilterArgs {
         };
         Selection { filter, limit: self.limit, delivery_limit }
     }
+}
 
-    /// Refuses a command that changes something and does not say what.
-    fn named(&self, all: bool, what: &str) -> Result<(), CliError> {
-        let any = !(self.task.is_empty()
-            && self.node.is_empty()
-            && self.kind.is_empty()
-            && self.class.is_empty()
-            && self.project.is_empty());
-        if any || all {
+impl ChangeArgs {
+    /// Refuses a command that does not say what it shall change.
+    fn named(&self, what: &str) -> Result<(), CliError> {
+        let FilterArgs { task, node, kind, class, project, limit: _ } = &self.filter;
+        let any = !(task.is_empty() && node.is_empty() && kind.is_empty() && class.is_empty() && project.is_empty());
+        if any || self.all {
             return Ok(());
         }
         Err(CliError::Usage(format!(
@@ -196,8 +196,8 @@ impl From<DeadError> for CliError {
 pub(super) fn run(config: Config, command: DeadCommand) -> Result<u8, CliError> {
     config.log.install(super::CLIENT_FILTER);
     match &command {
-        DeadCommand::Replay(args) => args.filter.named(args.all, "replay")?,
-        DeadCommand::Drop(args) => args.filter.named(args.all, "drop")?,
+        DeadCommand::Replay(args) => args.which.named("replay")?,
+        DeadCommand::Drop(args) => args.which.named("drop")?,
         DeadCommand::List(_) | DeadCommand::Show(_) => {}
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
@@ -274,12 +274,13 @@ async fn replay(
     limit: Option<i64>,
     stop: &CancellationToken,
 ) -> Result<u8, CliError> {
-    let replay = Replay { dry_run: args.dry_run, rate: args.rate, not_after: args.not_after };
+    let dry_run = args.which.dry_run;
+    let replay = Replay { dry_run, rate: args.rate, not_after: args.not_after };
     let mut report = Report::new(args.json);
-    let selection = args.filter.selection(limit);
+    let selection = args.which.filter.selection(limit);
     let mut tell = |letter: &Letter, fate: &Fate| report.tell(letter, fate);
     let summary = letters.replay(&selection, &replay, Timestamp::now, stop, &mut tell).await?;
-    report.end(summary, if args.dry_run { "would be replayed" } else { "replayed" })
+    report.end(summary, if dry_run { "would be replayed" } else { "replayed" })
 }
 
 async fn remove(
@@ -288,8 +289,9 @@ async fn remove(
     limit: Option<i64>,
     stop: &CancellationToken,
 ) -> Result<u8, CliError> {
-    let mut selection = args.filter.selection(limit);
-    if !args.dry_run && !args.yes {
+    let dry_run = args.which.dry_run;
+    let mut selection = args.which.filter.selection(limit);
+    if !dry_run && !args.yes {
         let found = letters.list(&selection, stop).await?;
         if stop.is_cancelled() {
             return Ok(exit::INTERRUPTED);
@@ -304,8 +306,8 @@ async fn remove(
     }
     let mut report = Report::new(args.json);
     let mut tell = |letter: &Letter, fate: &Fate| report.tell(letter, fate);
-    let summary = letters.remove(&selection, args.dry_run, stop, &mut tell).await?;
-    report.end(summary, if args.dry_run { "would be dropped" } else { "dropped" })
+    let summary = letters.remove(&selection, dry_run, stop, &mut tell).await?;
+    report.end(summary, if dry_run { "would be dropped" } else { "dropped" })
 }
 
 /// Asks the person at the terminal; without one, refuses.

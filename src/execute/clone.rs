@@ -50,8 +50,15 @@ async fn already_there(
             binding.target, binding.follows
         )));
     }
+    if work.owner.is_some_and(|owner| binding.owner != Some(owner)) {
+        return Err(Failure::conflict(format!(
+            "{} belongs to another owner; delete it before cloning it for {}",
+            binding.target,
+            work.owner.map(|owner| owner.to_string()).unwrap_or_default()
+        )));
+    }
     // Also shows that the tree can be used.
-    let looked = workspace::look(&git.children, directory, Look::default(), run).await?;
+    let looked = workspace::look(&git.children.of(binding.owner), directory, Look::default(), run).await?;
     run.fence.check().await?;
     let (project, stamp) = (binding.project, stamp(job));
     git.on_projects(move |projects| projects.advance(project, &stamp, |_| ())).await?;
@@ -72,12 +79,13 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
         Revision::Branch(name) if work.single_branch => Want::Branch(name.as_str().to_owned()),
         _ => Want::All,
     };
+    let owner = git.settings.owner(work.owner)?;
     git.reserve.check().await?;
     let fetched = git.mirrors.fetch(&work.url, work.credential.as_ref(), &want, run).await?;
     let (follows, object) = resolve(&work.revision, &fetched.listing)?;
     expected(work, &follows, object.as_deref(), &fetched.listing)?;
     let task = job.task.id.clone();
-    let staging = Arc::new(git.on_projects(move |projects| projects.stage(&task)).await?);
+    let staging = Arc::new(git.on_projects(move |projects| projects.stage(&task, owner)).await?);
     let made = async {
         let mut result = made(git, work, &fetched, &follows, object, &staging, run).await?;
         let binding = Binding {
@@ -85,6 +93,7 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
             target: work.target.as_str().to_owned(),
             url: work.url.as_str().to_owned(),
             credential: work.credential.as_ref().map(|name| name.as_str().to_owned()),
+            owner,
             follows,
             single_branch: work.single_branch,
             // Known to the placing alone.
@@ -130,7 +139,7 @@ async fn made(
         budget: git.budget(),
         reserve: git.reserve.bytes(),
     };
-    let made = workspace::make(&git.children, staging.handle()?, order, run).await?;
+    let made = workspace::make(&git.children.of(staging.owner), staging.handle()?, order, run).await?;
     let staged = Arc::clone(staging);
     blocking(move || staged.flush()).await?;
     Ok(TaskResult {
@@ -172,7 +181,7 @@ async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) 
             changed = told.changed() => match changed {
                 Ok(()) => {
                     let bytes = *told.borrow_and_update();
-                    (run.progress)(Progress { phase: "checkout".to_owned(), done: 0, total: None, bytes });
+                    (run.progress)(Progress { phase: "copying".to_owned(), bytes, ..Progress::default() });
                 }
                 Err(_) => return copy.await,
             },

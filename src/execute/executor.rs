@@ -11,8 +11,8 @@ use bytesize::ByteSize;
 use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Reserve, status};
 use crate::{
     failure::Failure,
-    git::{Budget, Children, GitSettings, Mirrors, Projects, Run, Stamp},
-    protocol::{ProjectId, Task, TaskResult, Work},
+    git::{Budget, Children, Confinement, GitSettings, Mirrors, Projects, Run, Stamp, Support},
+    protocol::{HostState, ProjectId, Task, TaskResult, Work},
 };
 
 /// Executes tasks on the projects of one agent.
@@ -31,7 +31,8 @@ impl GitExecutor {
     /// begins.
     ///
     /// # Errors
-    /// When a directory is a link or cannot be made, read or written.
+    /// When a directory is a link or cannot be made, read or written; `forbidden` where the settings ask for what this
+    /// node cannot do.
     pub async fn open(
         settings: &GitSettings,
         storage: &Path,
@@ -40,7 +41,10 @@ impl GitExecutor {
         reserve: ByteSize,
     ) -> Result<Self, Failure> {
         let reserve = Reserve::new(reserve, storage, projects);
-        let children = Children::new(program, settings.kill_grace)?;
+        let support = Support::of_this_node();
+        support.allow(settings)?;
+        support.warn(settings);
+        let children = Children::new(program, settings.kill_grace)?.confined(Confinement::from(settings));
         let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
         let path = projects.to_owned();
         let projects = blocking(move || Projects::open(&path)).await?;
@@ -97,15 +101,11 @@ impl Execute for GitExecutor {
     fn admit(&self, task: &Task) -> Result<(), Failure> {
         match &task.work {
             Work::Clone(work) => {
-                let unsupported = [
-                    ("submodules", work.submodules),
-                    ("lfs", work.lfs),
-                    ("depth", work.depth.is_some()),
-                    ("owner", work.owner.is_some()),
-                ];
+                let unsupported = [("submodules", work.submodules), ("lfs", work.lfs), ("depth", work.depth.is_some())];
                 if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
                     return Err(Failure::invalid(format!("this agent does not support {field}")));
                 }
+                self.settings.owner(work.owner)?;
                 self.mirrors.allow(&work.url)
             }
             Work::Pull(work) => work.url.as_ref().map_or(Ok(()), |url| self.mirrors.allow(url)),
@@ -117,8 +117,12 @@ impl Execute for GitExecutor {
         let longest = self.settings.max_timeout;
         Limits {
             timeout: task.timeout.unwrap_or(self.settings.timeout).min(longest),
-            stall: task.stall.unwrap_or(self.settings.stall).min(longest),
+            stall: task.stall.unwrap_or(self.settings.stall).min(self.settings.max_stall).min(longest),
         }
+    }
+
+    fn hosts(&self) -> Vec<HostState> {
+        self.mirrors.hosts()
     }
 
     async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure> {

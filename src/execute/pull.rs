@@ -36,7 +36,7 @@ pub(super) async fn execute(
     }
     git.reserve.check().await?;
     let order = Look { refs: true, status: false };
-    let looked = workspace::look(&git.children, dir.handle()?, order, run).await?;
+    let looked = workspace::look(&git.children.of(binding.owner), dir.handle()?, order, run).await?;
     if looked.busy {
         return Err(Failure::conflict("a merge, rebase or the like is under way in the project; finish or abort it"));
     }
@@ -164,11 +164,12 @@ async fn bring(
         });
         future
     };
+    let children = git.children.of(binding.owner);
     if wants.is_empty() {
-        return workspace::pull(&git.children, dir.handle()?, None, order, run, note).await;
+        return workspace::pull(&children, dir.handle()?, None, order, run, note).await;
     }
     let (reader, writer) = std::io::pipe()?;
-    let pull = workspace::pull(&git.children, dir.handle()?, Some(OwnedFd::from(reader)), order, run, note);
+    let pull = workspace::pull(&children, dir.handle()?, Some(OwnedFd::from(reader)), order, run, note);
     let pack = pack::stream(&git.children, &fetched.path, &wants, &haves, OwnedFd::from(writer), run);
     tokio::pin!(pull, pack);
     tokio::select! {

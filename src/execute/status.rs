@@ -16,7 +16,7 @@ pub(super) async fn execute(
     same_target(git, job.task.project, work.target.as_ref())?;
     let (binding, dir) = project(git, job.task.project).await?;
     let order = Look { refs: false, status: true };
-    let looked = workspace::look(&git.children, dir.handle()?, order, run).await?;
+    let looked = workspace::look(&git.children.of(binding.owner), dir.handle()?, order, run).await?;
     Ok(TaskResult {
         local_path: Some(binding.target),
         branch: looked.branch,

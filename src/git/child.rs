@@ -5,6 +5,7 @@
 
 mod group;
 mod line;
+mod sandbox;
 mod serve;
 mod spawner;
 
@@ -20,9 +21,15 @@ use self::{
     spawner::Spawner,
 };
 use super::Run;
-use crate::failure::{ErrorClass, Failure};
+use crate::{
+    failure::{ErrorClass, Failure},
+    protocol::Owner,
+};
 
-pub use self::serve::{Reporter, inherited, serve};
+pub use self::{
+    sandbox::{Access, Confined, Confinement, Sandbox, Support, confine, inherited},
+    serve::{Reporter, serve},
+};
 
 /// What a child is for. Roles never mix: each sees only what its work needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,15 +67,29 @@ impl Role {
 pub struct Children {
     spawner: Arc<Spawner>,
     kill_grace: Duration,
+    confinement: Confinement,
 }
 
 impl Children {
-    /// Children of `program` (the `haul` binary); one that was asked to end is killed after `kill_grace`.
+    /// Children of `program` (the `haul` binary); one that was asked to end is killed after `kill_grace`. They shut
+    /// themselves in as by default.
     ///
     /// # Errors
     /// When the thread that starts them cannot be started.
     pub fn new(program: PathBuf, kill_grace: Duration) -> std::io::Result<Self> {
-        Ok(Self { spawner: Arc::new(Spawner::start(program)?), kill_grace })
+        Ok(Self { spawner: Arc::new(Spawner::start(program)?), kill_grace, confinement: Confinement::default() })
+    }
+
+    /// The same, shut in as `confinement` says.
+    #[must_use]
+    pub fn confined(self, confinement: Confinement) -> Self {
+        Self { confinement, ..self }
+    }
+
+    /// The same for the project of `owner`: as whom workspace children work; the agent's own user if not set.
+    #[must_use]
+    pub fn of(&self, owner: Option<Owner>) -> Self {
+        self.clone().confined(Confinement { owner, ..self.confinement })
     }
 
     /// Runs one child to its end and returns its answer.
@@ -114,8 +135,9 @@ impl Children {
         if run.cancel.is_cancelled() {
             return Err(cancelled());
         }
-        let envelope = line::encode(&Envelope { parent: std::process::id(), request })
-            .map_err(|error| Failure::internal(format!("the request to a child cannot be written: {error}")))?;
+        let envelope =
+            line::encode(&Envelope { parent: std::process::id(), confinement: self.confinement, request })
+                .map_err(|error| Failure::internal(format!("the request to a child cannot be written: {error}")))?;
         let mut group = self.spawner.spawn(role, inherit).await?;
         match converse(&mut group, &envelope, run, &mut answer).await {
             Ok(Last::Done(value)) => {

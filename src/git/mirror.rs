@@ -6,7 +6,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt::Write as _,
     fs::{File, OpenOptions},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, SystemTime},
@@ -23,13 +23,14 @@ use super::{
     Run,
     child::{self, Children, Role},
     credential::CredentialFile,
+    hosts::Hosts,
     policy::Policy,
     settings::GitSettings,
     transfer,
 };
 use crate::{
     failure::Failure,
-    protocol::{CredentialName, GitUrl, Scheme},
+    protocol::{CredentialName, GitUrl, HostState, Progress, Scheme},
 };
 
 /// How often a lock that somebody holds is tried again.
@@ -104,6 +105,7 @@ pub struct Mirrors {
     settings: GitSettings,
     policy: Policy,
     children: Children,
+    hosts: Hosts,
     /// One transfer at a time into each mirror.
     flights: Mutex<HashMap<String, Weak<Flight>>>,
 }
@@ -126,6 +128,7 @@ impl Mirrors {
             settings: settings.clone(),
             policy: Policy::from(settings),
             children,
+            hosts: Hosts::new(settings),
             flights: Mutex::default(),
         })
     }
@@ -155,7 +158,7 @@ impl Mirrors {
     ) -> Result<Fetched, Failure> {
         self.allow(url)?;
         let file = match credential.filter(|_| url.scheme() != Scheme::File) {
-            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url.scheme())?),
+            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url)?),
             None => None,
         };
         let key = key(url.as_str(), credential.map(CredentialName::as_str));
@@ -164,18 +167,22 @@ impl Mirrors {
         let _turn = child::within(run, None, flight.lock()).await?;
         let lock_path = self.directory.join(format!("{key}.lock"));
         let lock = lock_shared(lock_path.clone(), run).await?;
+        make_directory(&path)?;
+        let of_host = self.settings.of_host(url.host());
         let request = transfer::Request {
             url: url.as_str().to_owned(),
             mirror: path.clone(),
             want: want.clone(),
             credential: file,
             policy: self.policy.clone(),
-            ca_file: self.settings.ca_file.clone(),
+            ca_file: of_host.ca_file,
+            proxy: of_host.proxy,
             known_hosts: self.settings.known_hosts.clone(),
             max_bytes: self.settings.max_bytes.as_u64(),
         };
-        let answer: Result<transfer::Answer, _> = self.children.run(Role::Transfer, &request, Vec::new(), run).await;
-        if answer.is_err() && !path.exists() {
+        let answer = self.transfer(url, &request, run).await;
+        // Goes only if it is empty.
+        if answer.is_err() && std::fs::remove_dir(&path).is_ok() {
             // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused
             // addresses leave no thousand files.
             let _ = std::fs::remove_file(&lock_path);
@@ -189,6 +196,29 @@ impl Mirrors {
             source: answer.source,
             _lock: lock,
         })
+    }
+
+    /// How the hosts are that have transfers or are left alone.
+    #[must_use]
+    pub fn hosts(&self) -> Vec<HostState> {
+        self.hosts.states()
+    }
+
+    /// One transfer, with a place at its host.
+    async fn transfer(
+        &self,
+        url: &GitUrl,
+        request: &transfer::Request,
+        run: &Run<'_>,
+    ) -> Result<transfer::Answer, Failure> {
+        let pass = self.hosts.enter(url, run).await?;
+        let progress = |progress: Progress| {
+            pass.watch(&progress);
+            (run.progress)(progress);
+        };
+        let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
+        let answer = self.children.run(Role::Transfer, request, Vec::new(), &watched).await;
+        pass.settle(answer)
     }
 
     /// The lock of one mirror within this process.
@@ -215,6 +245,14 @@ pub(super) fn key(url: &str, credential: Option<&str>) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// Makes the directory of a mirror: the child that fills it can write nothing beside it.
+fn make_directory(path: &Path) -> std::io::Result<()> {
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
 }
 
 /// Takes the shared lock at `path`, which waits only for the upkeep of the mirror.

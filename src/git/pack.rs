@@ -1,7 +1,6 @@
 //! The pack role: reads one mirror and streams what is asked for into a pipe.
 
 use std::{
-    fs::OpenOptions,
     io::{self, Write},
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
@@ -14,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Run,
-    child::{Children, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
+    workspace::forget_search_paths,
 };
 use crate::failure::{ErrorClass, Failure};
 
@@ -36,6 +36,12 @@ struct Request {
     wants: Vec<String>,
     haves: Vec<String>,
     into: i32,
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        Access { reads: vec![self.mirror.clone()], descriptors: vec![self.into], ..Access::default() }
+    }
 }
 
 /// Streams a pack of everything reachable from `wants` and not from `haves` out of `mirror` into `into`.
@@ -64,7 +70,8 @@ pub(super) fn main() -> ExitCode {
 }
 
 fn pack(request: &Request, reporter: &Reporter) -> Result<Packed, Failure> {
-    let mut into = inherited(request.into, OpenOptions::new().write(true))?;
+    let mut into = inherited(request.into)?;
+    forget_search_paths();
     let repository = Repository::open_bare(&request.mirror).map_err(damaged)?;
     let mut walk = repository.revwalk().map_err(damaged)?;
     let mut builder = repository.packbuilder().map_err(damaged)?;

@@ -1,9 +1,21 @@
 //! The `[git]` section.
 
-use std::{path::PathBuf, time::Duration};
+mod host;
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
 use serde::Deserialize;
+
+pub use host::{HostSettings, Proxy};
+
+use super::{child::Sandbox, owner::Owners};
+use crate::protocol::Owner;
+
+/// The least memory that a child may be given: below, even an empty project cannot be cloned.
+const LEAST_MEMORY: ByteSize = ByteSize::mib(64);
+/// The longest pause that may be set for a host that is down.
+const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
 /// `[git]`: what is allowed, within which bounds, and how it is done.
 #[derive(Clone, Debug, Deserialize)]
@@ -15,9 +27,12 @@ pub struct GitSettings {
     /// The longest deadline that a task may ask for.
     #[serde(with = "humantime_serde")]
     pub max_timeout: Duration,
-    /// How long nothing may move, unless the task asks for another limit (at most `max_timeout`).
+    /// How long nothing may move, unless the task asks for another limit.
     #[serde(with = "humantime_serde")]
     pub stall: Duration,
+    /// The longest such limit that a task may ask for.
+    #[serde(with = "humantime_serde")]
+    pub max_stall: Duration,
     /// How long a child that was asked to end may take before it is killed.
     #[serde(with = "humantime_serde")]
     pub kill_grace: Duration,
@@ -29,8 +44,19 @@ pub struct GitSettings {
     pub allow_loopback: bool,
     /// Whether private address ranges are allowed.
     pub allow_private: bool,
-    /// Patterns of allowed hosts (`git.example`, `*.git.example`); empty for all.
+    /// Patterns of allowed hosts (`git.example`, `*.git.example`, `*`); empty for all.
     pub hosts: Vec<String>,
+    /// Ports that upstreams may have; empty for all.
+    pub ports: Vec<u16>,
+    /// What holds for some hosts only, by pattern.
+    pub host: BTreeMap<String, HostSettings>,
+    /// Transfers at a time with one host.
+    pub host_limit: u32,
+    /// Failures to reach a host, one after the other, after which its tasks wait.
+    pub breaker_after: u32,
+    /// How long they wait until one of them tries; doubles each time that fails.
+    #[serde(with = "humantime_serde")]
+    pub breaker_pause: Duration,
     /// Directory of credentials, one file each.
     pub credentials_path: Option<PathBuf>,
     /// PEM file with the certificate authorities to trust for https, instead of the system's.
@@ -46,6 +72,14 @@ pub struct GitSettings {
     pub max_files: u64,
     /// The most bytes that a project's files may have.
     pub max_bytes: ByteSize,
+    /// Whether children shut themselves in: always, where the kernel can, or never.
+    pub sandbox: Sandbox,
+    /// The most memory of its own that one child may take.
+    pub child_memory: ByteSize,
+    /// Whose projects are, and as whom children work in them, where a task names nobody; not set: the agent's own user.
+    pub run_as: Option<Owner>,
+    /// Whom tasks may name as the owner of a project.
+    pub owners: Vec<Owners>,
 }
 
 impl Default for GitSettings {
@@ -54,18 +88,28 @@ impl Default for GitSettings {
             timeout: Duration::from_mins(10),
             max_timeout: Duration::from_mins(25),
             stall: Duration::from_mins(1),
+            max_stall: Duration::from_mins(10),
             kill_grace: Duration::from_secs(2),
             allow_http: false,
             allow_file: false,
             allow_loopback: false,
             allow_private: true,
             hosts: Vec::new(),
+            ports: Vec::new(),
+            host: BTreeMap::new(),
+            host_limit: 8,
+            breaker_after: 5,
+            breaker_pause: Duration::from_secs(30),
             credentials_path: None,
             ca_file: None,
             known_hosts: None,
             keep_mirrors: false,
             max_files: 1_000_000,
             max_bytes: ByteSize::gib(20),
+            sandbox: Sandbox::Require,
+            child_memory: ByteSize::gib(2),
+            run_as: None,
+            owners: Vec::new(),
         }
     }
 }
@@ -82,6 +126,29 @@ impl GitSettings {
         if self.timeout.is_zero() || self.stall.is_zero() {
             return Err("git.timeout and git.stall must be longer than nothing".to_owned());
         }
-        Ok(())
+        if self.stall > self.max_stall {
+            return Err("git.stall is longer than git.max_stall".to_owned());
+        }
+        if self.host_limit == 0 || self.breaker_after == 0 {
+            return Err("git.host_limit and git.breaker_after must be at least 1".to_owned());
+        }
+        if self.breaker_pause.is_zero() || self.breaker_pause > LONGEST_PAUSE {
+            return Err("git.breaker_pause must be longer than nothing and at most 1h".to_owned());
+        }
+        if self.child_memory < LEAST_MEMORY {
+            return Err(format!("git.child_memory is less than {LEAST_MEMORY}, which no child can work with"));
+        }
+        host::check(&self.host, self.hosts.is_empty())
+    }
+
+    /// What holds for `host`: the tables that fit it, and for what they leave open the section itself.
+    #[must_use]
+    pub fn of_host(&self, host: &str) -> HostSettings {
+        let found = host::of(&self.host, host);
+        HostSettings {
+            proxy: found.proxy,
+            ca_file: found.ca_file.or_else(|| self.ca_file.clone()),
+            limit: found.limit.or(Some(self.host_limit)),
+        }
     }
 }

@@ -33,10 +33,11 @@ use self::{
     verdict::Verdict,
 };
 use super::{
-    child::{Reporter, serve},
+    child::{Access, Confined, Reporter, serve},
     credential::CredentialFile,
     mirror::{Listing, Source, Want},
     policy::Policy,
+    settings::Proxy,
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -61,10 +62,30 @@ pub(super) struct Request {
     pub(super) policy: Policy,
     /// Trusted certificate authorities, instead of the system's.
     pub(super) ca_file: Option<PathBuf>,
+    /// The proxy that leads to the upstream.
+    #[serde(default)]
+    pub(super) proxy: Option<Proxy>,
     /// Known hosts for ssh.
     pub(super) known_hosts: Option<PathBuf>,
     /// The most bytes it may receive.
     pub(super) max_bytes: u64,
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        let scheme = GitUrl::parse(&self.url).map(|url| (url.scheme(), url.path())).ok();
+        // A path on this machine, which git reads.
+        let upstream = scheme.as_ref().filter(|(scheme, _)| *scheme == Scheme::File).map(|(_, path)| path.into());
+        let credential = self.credential.as_ref().map(|file| file.path.clone());
+        let files = [credential, self.ca_file.clone(), self.known_hosts.clone(), upstream];
+        Access {
+            reads: files.into_iter().flatten().collect(),
+            writes: vec![self.mirror.clone()],
+            network: true,
+            programs: matches!(scheme, Some((Scheme::Ssh | Scheme::File, _))),
+            ..Access::default()
+        }
+    }
 }
 
 /// What a transfer child answers.
@@ -114,17 +135,22 @@ fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {
 /// The transport that fits `url`.
 fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<dyn Transport + 'a>, Failure> {
     let verdict = Verdict::default();
-    let budget = Budget::new(verdict.clone(), meter.moved());
+    let budget = Budget::new(verdict.clone(), meter.received());
     let bounds = Bounds { verdict: verdict.clone(), budget: budget.clone(), max_bytes: request.max_bytes };
     let program = match url.scheme() {
         Scheme::Https | Scheme::Http => {
             let login = request.credential.as_ref().map(|file| file.login(url.host())).transpose()?;
-            let http = http::Client::new(request, url, login.as_ref(), verdict, budget)?;
+            let http = http::Client::new(request, url, login.as_ref(), &address::system, verdict, budget)?;
             let address = gix::Url::try_from(url.as_str()).map_err(|error| Failure::invalid(error.to_string()))?;
             return Ok(Box::new(Gitoxide::new(connect_http(http, address, Protocol::V2, false), bounds, meter)));
         }
         Scheme::Ssh => {
-            let address = address::lookup(url.host(), url.port(), &request.policy)?[0].ip();
+            if request.proxy.as_ref().is_some_and(|proxy| proxy.address().is_some()) {
+                let message =
+                    format!("the host {} is reached through a proxy, which takes no ssh; use https", url.host());
+                return Err(Failure::forbidden(message));
+            }
+            let address = address::lookup(url.host(), url.port(), &request.policy, &address::system)?[0].ip();
             let key = request.credential.as_ref().map(|file| file.path.as_path());
             Program::ssh(url, address, key, request.known_hosts.as_deref())?
         }

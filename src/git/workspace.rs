@@ -18,12 +18,13 @@ mod skeleton;
 mod waiting;
 mod walk;
 
-use std::{fs::OpenOptions, os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
+use std::{os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
+pub(super) use self::open::forget_search_paths;
 use self::pull::Question;
 pub(crate) use self::{
     look::{Look, Looked},
@@ -33,7 +34,7 @@ pub(crate) use self::{
 };
 use super::{
     Run,
-    child::{Children, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
     projects::Dir,
 };
 use crate::failure::{ErrorClass, Failure};
@@ -60,6 +61,21 @@ enum Order {
     Look(Look),
     /// Bring up to date.
     Pull(Pull),
+}
+
+impl Confined for Request {
+    fn access(&self) -> Access {
+        let pack = match &self.order {
+            Order::Pull(order) => order.pack,
+            Order::Make(_) | Order::Look(_) => None,
+        };
+        Access {
+            directory: Some(self.directory),
+            descriptors: pack.into_iter().collect(),
+            as_owner: true,
+            ..Access::default()
+        }
+    }
 }
 
 /// Makes the project whose objects are in `directory` already.
@@ -137,14 +153,24 @@ pub(super) fn main() -> ExitCode {
         let directory = directory(request.directory)?;
         pulse::with(reporter, || match request.order {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
-            Order::Look(order) => value(look::run(&directory, &order, reporter)?),
-            Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
+            Order::Look(order) => value(look::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
+            Order::Pull(order) => value(pull::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
         })
     })
 }
 
+/// What the owner of a project may not touch, or what leads out of it, is not as the agent made it.
+fn unreachable_to_its_owner(failure: Failure) -> Failure {
+    // What the system said has become words by now.
+    let denied = std::io::Error::from(rustix::io::Errno::ACCESS).to_string();
+    if failure.class == ErrorClass::Internal && failure.message.contains(&denied) {
+        return guard::altered(failure.message);
+    }
+    failure
+}
+
 fn directory(number: i32) -> Result<Dir, Failure> {
-    let file = inherited(number, OpenOptions::new().read(true))?;
+    let file = inherited(number)?;
     Ok(Dir::from(OwnedFd::from(file)))
 }
 

@@ -142,7 +142,8 @@ pub struct TaskResult {
 /// How far a running task is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Progress {
-    /// What is being done: `connecting`, `receiving`, `resolving`, `checkout`, `removing`.
+    /// What is being done: `waiting` (for a place at the upstream's host), `connecting`, `listing`, `receiving`,
+    /// `resolving`, `copying`, `checkout`, `removing`. More may follow.
     pub phase: String,
     /// Units done.
     #[serde(default)]
@@ -153,6 +154,12 @@ pub struct Progress {
     /// Bytes so far.
     #[serde(default)]
     pub bytes: u64,
+    /// Bytes a second, smoothed, where bytes move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// Seconds until this phase is done, as far as that can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta_secs: Option<u64>,
 }
 
 /// What went wrong.

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::failure::Failure;
 
 /// The directory of a project: one component under the projects directory.
@@ -17,7 +19,8 @@ pub struct RefName(String);
 pub struct CredentialName(String);
 
 /// The user and group that shall own a project (`"1000:1000"`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Owner {
     /// User id.
     pub uid: u32,
@@ -151,6 +154,20 @@ impl Owner {
             Some((uid, gid)) => Ok(Self { uid, gid }),
             None => Err(Failure::invalid(format!("owner {} is not of the form \"uid:gid\"", quoted(text)))),
         }
+    }
+}
+
+impl TryFrom<String> for Owner {
+    type Error = Failure;
+
+    fn try_from(text: String) -> Result<Self, Failure> {
+        Self::parse(&text)
+    }
+}
+
+impl From<Owner> for String {
+    fn from(owner: Owner) -> Self {
+        owner.to_string()
     }
 }
 

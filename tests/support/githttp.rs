@@ -199,6 +199,11 @@ pub(crate) fn ca_file() -> PathBuf {
     tls_directory().join("ca.pem")
 }
 
+/// The authority that signed `wrong-name.pem` and `expired.pem`.
+pub(crate) fn other_ca_file() -> PathBuf {
+    tls_directory().join("other-ca.pem")
+}
+
 fn tls_directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/tls")
 }
@@ -235,13 +240,23 @@ impl Behaviour {
 impl Server {
     /// Serves the repositories below `root` on a free port of the loopback address.
     pub(crate) fn start(root: &Path) -> Self {
-        Self::listen(root, None)
+        Self::listen(root, None, 0)
+    }
+
+    /// The same on a port where there was nothing before.
+    pub(crate) fn start_at(root: &Path, port: u16) -> Self {
+        Self::listen(root, None, port)
     }
 
     /// The same over TLS, with a certificate for `localhost` by the authority in [`ca_file`].
     pub(crate) fn start_tls(root: &Path) -> Self {
+        Self::start_tls_with(root, "cert.pem")
+    }
+
+    /// The same with another certificate for the same key.
+    pub(crate) fn start_tls_with(root: &Path, certificate: &str) -> Self {
         let read = |pem: &str| std::fs::read(tls_directory().join(pem)).unwrap();
-        let certificate = CertificateDer::from_pem_slice(&read("cert.pem")).unwrap();
+        let certificate = CertificateDer::from_pem_slice(&read(certificate)).unwrap();
         let key = PrivateKeyDer::from_pem_slice(&read("key.pem")).unwrap();
         let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
@@ -249,12 +264,12 @@ impl Server {
             .with_no_client_auth()
             .with_single_cert(vec![certificate], key)
             .unwrap();
-        Self::listen(root, Some(Arc::new(config)))
+        Self::listen(root, Some(Arc::new(config)), 0)
     }
 
-    fn listen(root: &Path, tls: Option<Arc<ServerConfig>>) -> Self {
+    fn listen(root: &Path, tls: Option<Arc<ServerConfig>>, port: u16) -> Self {
         let scheme = if tls.is_some() { "https" } else { "http" };
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let address = listener.local_addr().unwrap();
         let state = State { behaviour: Behaviour::Serve, authorization: None, counts: Counts::default() };
         let shared =

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt};
 
+use super::sandbox::Confinement;
 use crate::{
     failure::Failure,
     protocol::{Progress, printable},
@@ -21,6 +22,9 @@ const LONGEST_PHASE: usize = 32;
 pub(super) struct Envelope<Q> {
     /// Process id of the agent; the child ends at once if that is no longer its parent.
     pub(super) parent: u32,
+    /// How it shuts itself in; as by default where nothing is said.
+    #[serde(default)]
+    pub(super) confinement: Confinement,
     /// What it shall do.
     pub(super) request: Q,
 }
@@ -83,6 +87,8 @@ pub(super) fn cleaned(mut failure: Failure) -> Failure {
 /// A child's progress as it may be shown.
 pub(super) fn cleaned_progress(mut progress: Progress) -> Progress {
     progress.phase = shortened(&progress.phase, LONGEST_PHASE);
+    // Measured by the agent, whatever a child says.
+    (progress.rate, progress.eta_secs) = (None, None);
     progress
 }
 

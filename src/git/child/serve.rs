@@ -1,9 +1,7 @@
 //! The child's side of the conversation.
 
 use std::{
-    fs::File,
     io::{self, BufRead, BufReader, Read, Write},
-    path::PathBuf,
     process::ExitCode,
 };
 
@@ -14,7 +12,10 @@ use rustix::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::line::{self, Envelope, Line};
+use super::{
+    line::{self, Envelope, Line},
+    sandbox::{Confined, confine},
+};
 use crate::{failure::Failure, protocol::Progress};
 
 /// The longest line taken from the agent, in bytes; it only guards against a mistake.
@@ -46,19 +47,31 @@ impl Reporter {
     }
 }
 
-/// Runs a child: reads its request, does the work of `body`, answers.
+/// Runs a child: reads its request, shuts itself in, does the work of `body`, answers.
 ///
 /// The kernel ends the process when the agent dies, and it ends by itself if the agent died before that was set up.
-pub fn serve<Q: DeserializeOwned, A: Serialize>(body: impl FnOnce(Q, &Reporter) -> Result<A, Failure>) -> ExitCode {
-    // What the child itself started (ssh) sees its pipes close.
-    if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        return last(&Line::<Value>::Failed(Failure::internal(format!("no death signal can be set: {error}"))));
+pub fn serve<Q, A>(body: impl FnOnce(Q, &Reporter) -> Result<A, Failure>) -> ExitCode
+where
+    Q: DeserializeOwned + Confined,
+    A: Serialize,
+{
+    if let Err(failure) = die_with_the_agent() {
+        return last(&Line::<Value>::Failed(failure));
     }
     let envelope: Envelope<Q> = match hear() {
         Ok(envelope) => envelope,
         Err(failure) => return last(&Line::<Value>::Failed(failure)),
     };
-    if getppid().map(|parent| parent.as_raw_nonzero().get().unsigned_abs()) != Some(envelope.parent) {
+    let agent = || getppid().map(|parent| parent.as_raw_nonzero().get().unsigned_abs());
+    if agent() != Some(envelope.parent) {
+        return ExitCode::FAILURE;
+    }
+    // Another user makes the kernel forget the signal.
+    let shut_in = confine(&envelope.request.access(), &envelope.confinement).and_then(|()| die_with_the_agent());
+    if let Err(failure) = shut_in {
+        return last(&Line::<Value>::Failed(failure));
+    }
+    if agent() != Some(envelope.parent) {
         return ExitCode::FAILURE;
     }
     match body(envelope.request, &Reporter(())) {
@@ -67,12 +80,10 @@ pub fn serve<Q: DeserializeOwned, A: Serialize>(body: impl FnOnce(Q, &Reporter) 
     }
 }
 
-/// Opens the descriptor that the agent left open for this child under `number`, anew and with the rights asked for.
-///
-/// # Errors
-/// When there is no such descriptor, or it cannot be opened that way.
-pub fn inherited(number: i32, options: &std::fs::OpenOptions) -> io::Result<File> {
-    options.open(PathBuf::from(format!("/proc/self/fd/{number}")))
+/// Has the kernel end this process with the agent. What it started itself (ssh) sees its pipes close.
+fn die_with_the_agent() -> Result<(), Failure> {
+    set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|error| Failure::internal(format!("no death signal can be set: {error}")))
 }
 
 /// What new files of this process shall not allow.

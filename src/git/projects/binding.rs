@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dir::Identity;
 use crate::git::mirror;
-use crate::protocol::{Place, ProjectId, Revision, Round, TaskId};
+use crate::protocol::{Owner, Place, ProjectId, Revision, Round, TaskId};
 
 /// Which task applied itself to a project, and where it stands in the project's order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +98,9 @@ pub(crate) struct Binding {
     pub(crate) credential: Option<String>,
     /// What it was cloned as.
     pub(crate) follows: Follows,
+    /// Whose it is and as whom children work in it; the agent's own user if not set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) owner: Option<Owner>,
     /// Whether only the wanted branch was fetched.
     #[serde(default)]
     pub(crate) single_branch: bool,
@@ -162,6 +165,7 @@ mod tests {
             target: "7_app".to_owned(),
             url: "https://git.example/a".to_owned(),
             credential: None,
+            owner: Some(Owner { uid: 1000, gid: 100 }),
             follows: Follows::Branch("main".to_owned()),
             single_branch: false,
             directory: Identity { device: u64::MAX, inode: 3, born: Some(5) },

@@ -13,8 +13,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxFlags, fsync, makedev,
-        mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
+        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat, fsync,
+        makedev, mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
     },
     io::Errno,
 };
@@ -66,7 +66,10 @@ impl Dir {
             Err(error) => return Err(error.into()),
         }
         let child = self.child(name)?;
-        child.set_mode(mode)?;
+        // One that was given away already is not ours to change.
+        if fstat(&child.0)?.st_mode & 0o7777 != mode {
+            child.set_mode(mode)?;
+        }
         Ok(child)
     }
 

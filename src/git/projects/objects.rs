@@ -10,8 +10,11 @@ use rustix::{
     io::Errno,
 };
 
-use super::dir::Dir;
-use crate::failure::{ErrorClass, Failure};
+use super::{dir::Dir, staging::give};
+use crate::{
+    failure::{ErrorClass, Failure},
+    protocol::Owner,
+};
 
 /// How much is copied between two looks at whether to go on.
 const CHUNK: usize = 32 << 20;
@@ -43,24 +46,28 @@ impl Writing {
 /// Copies packs and loose objects from the bare repository `mirror` into the `objects` directory `into`, and says what
 /// is still on its way to the disk.
 ///
-/// `moved` is told the bytes of every piece, and stops the copy with an error of its own.
+/// What is made is `owner`'s, if one is given. `moved` is told the bytes of every piece, and stops the copy with an error of its own.
 ///
 /// # Errors
 /// When something cannot be read or written, or what `moved` said.
 pub(super) fn copy(
     mirror: &Path,
     into: &Dir,
+    owner: Option<Owner>,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
 ) -> Result<Writing, Failure> {
     let mut writing = Writing::default();
     let from = Dir::open(&mirror.join("objects"))?;
     let packs = into.ensure("pack", 0o755)?;
-    into.ensure("info", 0o755)?;
+    give(&packs, owner)?;
+    give(into.ensure("info", 0o755)?, owner)?;
     for (name, kind) in from.entries()? {
         let bytes = name.as_bytes();
         if kind == FileType::Directory && bytes.len() == 2 && bytes.iter().all(u8::is_ascii_hexdigit) {
             let fan = name.to_str().ok_or_else(|| Failure::internal("a name of two digits is not text"))?;
-            copy_files(&from.child(&name)?, &into.ensure(fan, 0o755)?, &|file| file.len() == 38, &mut writing, moved)?;
+            let fan = into.ensure(fan, 0o755)?;
+            give(&fan, owner)?;
+            copy_files(&from.child(&name)?, &fan, owner, &|file| file.len() == 38, &mut writing, moved)?;
         }
     }
     match from.child("pack") {
@@ -68,7 +75,7 @@ pub(super) fn copy(
             let whole = |file: &[u8]| {
                 file.starts_with(b"pack-") && [&b".pack"[..], b".idx", b".rev"].iter().any(|end| file.ends_with(end))
             };
-            copy_files(&source, &packs, &whole, &mut writing, moved)?;
+            copy_files(&source, &packs, owner, &whole, &mut writing, moved)?;
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error.into()),
@@ -79,6 +86,7 @@ pub(super) fn copy(
 fn copy_files(
     from: &Dir,
     into: &Dir,
+    owner: Option<Owner>,
     wanted: &dyn Fn(&[u8]) -> bool,
     writing: &mut Writing,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
@@ -89,6 +97,7 @@ fn copy_files(
             let target = into.open_file(&name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
             let length = copy_file(&source, &target, moved)?;
             rustix::fs::fchmod(&target, rustix::fs::Mode::from_raw_mode(0o444)).map_err(io::Error::from)?;
+            give(&target, owner)?;
             if length >= LONG {
                 writing.start(target);
             }

@@ -5,6 +5,7 @@ use std::{ffi::OsStr, io};
 use rustix::{
     fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, openat2, renameat_with, unlinkat},
     io::Errno,
+    process::{getgid, getuid},
 };
 
 use super::dir::Dir;
@@ -76,7 +77,12 @@ fn enter(parent: &Dir, name: &OsStr) -> io::Result<Dir> {
     // Only through a handle on the very directory: a name could be swapped for a link.
     if let Ok(handle) = open(OFlags::PATH) {
         use std::os::fd::AsRawFd;
-        let _ = rustix::fs::chmod(format!("/proc/self/fd/{}", handle.as_raw_fd()), Mode::RWXU);
+        let name = format!("/proc/self/fd/{}", handle.as_raw_fd());
+        if rustix::fs::chmod(&name, Mode::RWXU) == Err(Errno::PERM) {
+            // Another's: the agent may make it its own.
+            let _ = rustix::fs::chownat(&handle, "", Some(getuid()), Some(getgid()), AtFlags::EMPTY_PATH);
+            let _ = rustix::fs::chmod(&name, Mode::RWXU);
+        }
     }
     Ok(open(OFlags::RDONLY)?.into())
 }

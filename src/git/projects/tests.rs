@@ -23,6 +23,7 @@ fn binding(project: ProjectId, name: &str) -> Binding {
         url: "https://git.example/a".to_owned(),
         credential: None,
         follows: Follows::Branch("main".to_owned()),
+        owner: None,
         single_branch: false,
         directory: Identity::default(),
         last_fetch: None,
@@ -31,7 +32,7 @@ fn binding(project: ProjectId, name: &str) -> Binding {
 }
 
 fn place(projects: &Projects, project: ProjectId, name: &str, task: &str) -> Result<Binding, Failure> {
-    let staging = projects.stage(&TaskId::new(task).unwrap())?;
+    let staging = projects.stage(&TaskId::new(task).unwrap(), None)?;
     staging.flush()?;
     projects.place(&staging, binding(project, name), &stamp(task, 1))
 }
@@ -103,7 +104,7 @@ fn a_projects_directory_swapped_for_a_link_is_refused() {
     fs::rename(&path, at.path().join("away")).unwrap();
     symlink("away", &path).unwrap();
     assert_eq!(class(projects.site(1, "u", &target("a"))), ErrorClass::Forbidden);
-    assert_eq!(class(projects.stage(&TaskId::random())), ErrorClass::Forbidden);
+    assert_eq!(class(projects.stage(&TaskId::random(), None)), ErrorClass::Forbidden);
     assert!(Projects::open(&path).is_err());
 }
 
@@ -131,7 +132,7 @@ fn what_a_crash_left_is_swept_at_the_next_start() {
     let at = tempfile::tempdir().unwrap();
     let projects = Projects::open(at.path()).unwrap();
     place(&projects, 1, "a", "t1").unwrap();
-    let staging = projects.stage(&TaskId::new("dead").unwrap()).unwrap();
+    let staging = projects.stage(&TaskId::new("dead").unwrap(), None).unwrap();
     fs::write(at.path().join(OURS).join(&staging.name).join("f"), "x").unwrap();
     place(&projects, 2, "b", "t2").unwrap();
     projects.bury(2, &stamp("t3", 3)).unwrap().unwrap();

@@ -1,6 +1,10 @@
 //! Names to addresses, each judged; nothing else is ever connected to.
+//!
+//! A name is resolved once for a transfer, and what was judged then is what every request of it is sent to: an answer
+//! that changes afterwards is never seen.
 
 use std::{
+    io,
     net::{SocketAddr, ToSocketAddrs},
     time::Duration,
 };
@@ -15,7 +19,6 @@ use ureq::{
     },
 };
 
-use super::verdict::Verdict;
 use crate::{
     failure::{ErrorClass, Failure},
     git::policy::Policy,
@@ -26,16 +29,23 @@ pub(super) const CONNECT: Duration = Duration::from_secs(10);
 /// The most addresses tried.
 const TRIED: usize = 8;
 
+/// Asks somebody for the addresses of a host.
+pub(super) type Resolve = dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>>;
+
+/// Asks the system.
+pub(super) fn system(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    (host, port).to_socket_addrs().map(Iterator::collect)
+}
+
 /// The addresses of `host`, all of them allowed. A host with any address that is not, is refused as a whole: such an
 /// answer is no accident.
 ///
 /// # Errors
 /// `network` where it does not resolve, `forbidden` by the policy.
-pub(super) fn lookup(host: &str, port: u16, policy: &Policy) -> Result<Vec<SocketAddr>, Failure> {
+pub(super) fn lookup(host: &str, port: u16, policy: &Policy, resolve: &Resolve) -> Result<Vec<SocketAddr>, Failure> {
     let unresolved =
         |why: &str| Failure::new(ErrorClass::Network, format!("the host {host} cannot be resolved: {why}"));
-    let addresses: Vec<SocketAddr> =
-        (host, port).to_socket_addrs().map_err(|error| unresolved(&error.to_string()))?.collect();
+    let addresses = resolve(host, port).map_err(|error| unresolved(&error.to_string()))?;
     for address in &addresses {
         policy.allow_address(host, address.ip())?;
     }
@@ -45,30 +55,29 @@ pub(super) fn lookup(host: &str, port: u16, policy: &Policy) -> Result<Vec<Socke
     Ok(addresses.into_iter().take(TRIED).collect())
 }
 
-/// The resolver of our HTTP client.
+/// Where our HTTP client connects to.
 #[derive(Debug)]
-pub(super) struct Checked {
-    pub(super) policy: Policy,
-    pub(super) verdict: Verdict,
+pub(super) enum Addresses {
+    /// These, whatever the name resolves to by now.
+    Pinned(Vec<SocketAddr>),
+    /// A proxy that the operator has set, wherever it is; it is the only name that is asked for.
+    Proxy,
 }
 
-impl Resolver for Checked {
+impl Resolver for Addresses {
     fn resolve(&self, uri: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, Error> {
-        let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
-        let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("http") { 80 } else { 443 });
-        match lookup(host, port, &self.policy) {
-            Ok(addresses) => {
-                let mut resolved = self.empty();
-                for address in addresses {
-                    resolved.push(address);
-                }
-                Ok(resolved)
+        let addresses = match self {
+            Self::Pinned(addresses) => addresses.clone(),
+            Self::Proxy => {
+                let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+                system(host, uri.port_u16().unwrap_or(80)).map_err(|_| Error::HostNotFound)?
             }
-            Err(failure) => {
-                self.verdict.give(failure);
-                Err(Error::HostNotFound)
-            }
+        };
+        let mut resolved = self.empty();
+        for address in addresses.into_iter().take(TRIED) {
+            resolved.push(address);
         }
+        Ok(resolved)
     }
 }
 
@@ -78,11 +87,25 @@ mod tests {
 
     #[test]
     fn a_name_is_judged_by_what_it_resolves_to() {
-        assert_eq!(lookup("localhost", 80, &Policy::default()).unwrap_err().class, ErrorClass::Forbidden);
+        assert_eq!(lookup("localhost", 80, &Policy::default(), &system).unwrap_err().class, ErrorClass::Forbidden);
     }
 
     #[test]
     fn a_name_that_does_not_resolve_is_a_matter_of_the_network() {
-        assert_eq!(lookup("nowhere.invalid", 80, &Policy::default()).unwrap_err().class, ErrorClass::Network);
+        assert_eq!(lookup("nowhere.invalid", 80, &Policy::default(), &system).unwrap_err().class, ErrorClass::Network);
+    }
+
+    #[test]
+    fn one_address_that_is_not_allowed_is_enough_to_refuse() {
+        let resolve = |addresses: &'static [&'static str]| {
+            move |_: &str, port| Ok(addresses.iter().map(|text| SocketAddr::new(text.parse().unwrap(), port)).collect())
+        };
+        let class =
+            |addresses| lookup("h", 1, &Policy::default(), &resolve(addresses)).map_err(|failure| failure.class);
+        assert!(class(&["8.8.8.8", "2606:4700::1"]).is_ok());
+        for mixed in [&["8.8.8.8", "127.0.0.1"][..], &["8.8.8.8", "169.254.169.254"], &["::1", "8.8.8.8"]] {
+            assert_eq!(class(mixed), Err(ErrorClass::Forbidden), "{mixed:?}");
+        }
+        assert_eq!(class(&[]), Err(ErrorClass::Network));
     }
 }

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fmt::Write as _,
     fs::{self, File},
-    io::Write as _,
+    io::{self, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -24,7 +24,8 @@ pub(super) struct Bare {
 }
 
 impl Bare {
-    /// Opens the mirror at `path`, which is made if it is not there, and sweeps what a killed transfer left.
+    /// Opens the mirror in the directory `path`, which is made where there is none yet, and sweeps what a killed
+    /// transfer left.
     pub(super) fn open_or_create(path: &Path) -> Result<Self, Failure> {
         // A mirror is only a copy: one that cannot be used is made anew. With a shallow file it lacks history.
         if path.join("HEAD").exists() && !path.join("shallow").exists() {
@@ -133,29 +134,27 @@ fn open(path: &Path) -> Result<gix::Repository, Failure> {
     Ok(repository)
 }
 
-/// Makes an empty mirror, at once or not at all.
+/// Makes an empty mirror in the directory `path`; it is one once its HEAD is there, which comes last.
+///
+/// What stood there goes: nothing outside the directory can be written, not even beside it.
 fn create(path: &Path) -> Result<(), Failure> {
-    let new = beside(path, "new");
-    let _ = fs::remove_dir_all(&new);
+    match fs::remove_file(path.join("HEAD")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
     for directory in ["objects/pack", "objects/info", "refs/heads", "refs/tags"] {
-        fs::create_dir_all(new.join(directory))?;
+        fs::create_dir_all(path.join(directory))?;
     }
-    fs::write(new.join("config"), CONFIG)?;
-    fs::write(new.join("HEAD"), "ref: refs/heads/main\n")?;
-    if path.exists() {
-        let old = beside(path, "old");
-        let _ = fs::remove_dir_all(&old);
-        fs::rename(path, &old)?;
-        fs::remove_dir_all(&old)?;
-    }
-    Ok(fs::rename(&new, path)?)
-}
-
-/// A name for something temporary, swept at the next start of the agent.
-fn beside(path: &Path, what: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{what}-{}", std::process::id()));
-    name.into()
+    replace(&path.join("config"), CONFIG)?;
+    replace(&path.join("HEAD"), "ref: refs/heads/main\n")
 }
 
 /// Writes `text` to `path`, whole or not at all.

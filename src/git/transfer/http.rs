@@ -1,4 +1,4 @@
-//! Smart HTTP over our own client: checked addresses, no redirects, no proxies, real status codes.
+//! Smart HTTP over our own client: checked addresses, no redirects, no proxy but one that is set, real status codes.
 
 use std::{
     any::Any,
@@ -11,7 +11,7 @@ use gix_transport::client::blocking_io::http::{GetResponse, Http, PostBodyDataKi
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use ureq::{
-    Agent, Body,
+    Agent, Body, Proxy,
     http::{HeaderMap, Request as HttpRequest, Response, Uri, header},
     tls::{Certificate, PemItem, RootCerts, TlsConfig, TlsProvider, parse_pem},
     unversioned::transport::DefaultConnector,
@@ -19,14 +19,14 @@ use ureq::{
 
 use super::{
     Request,
-    address::{self, Checked},
+    address::{self, Addresses, Resolve},
     budget::Budget,
     status,
     verdict::Verdict,
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{credential::Login, policy::Policy},
+    git::{credential::Login, policy::Policy, settings::Proxy as ProxySetting},
     protocol::{GitUrl, Scheme},
 };
 
@@ -51,17 +51,28 @@ impl Client {
         request: &Request,
         url: &GitUrl,
         login: Option<&Login>,
+        resolve: &Resolve,
         verdict: Verdict,
         budget: Budget,
     ) -> Result<Self, Failure> {
-        if url.scheme() == Scheme::Http && login.is_some() {
-            let addresses = address::lookup(url.host(), url.port(), &request.policy)?;
-            if !addresses.iter().all(|address| Policy::is_loopback(address.ip())) {
-                return Err(Failure::forbidden(format!(
-                    "a credential is not sent to {} without encryption; use https",
-                    url.host()
-                )));
+        let (proxy, addresses) = match request.proxy.as_ref().and_then(ProxySetting::address) {
+            Some(proxy) => {
+                request.policy.allow_unresolved(url.host())?;
+                // Its own words would repeat the address, which may hold a password.
+                let proxy = Proxy::new(proxy).map_err(|_| Failure::internal("the proxy's address cannot be read"))?;
+                (Some(proxy), Addresses::Proxy)
             }
+            None => (None, Addresses::Pinned(address::lookup(url.host(), url.port(), &request.policy, resolve)?)),
+        };
+        let stays_here = match &addresses {
+            Addresses::Pinned(addresses) => addresses.iter().all(|address| Policy::is_loopback(address.ip())),
+            Addresses::Proxy => false,
+        };
+        if url.scheme() == Scheme::Http && login.is_some() && !stays_here {
+            return Err(Failure::forbidden(format!(
+                "a credential is not sent to {} without encryption; use https",
+                url.host()
+            )));
         }
         let mut tls = TlsConfig::builder()
             .provider(TlsProvider::Rustls)
@@ -71,16 +82,15 @@ impl Client {
         }
         let config = Agent::config_builder()
             .tls_config(tls.build())
-            .proxy(None)
+            .proxy(proxy)
             .max_redirects(0)
             .max_redirects_will_error(false)
             .http_status_as_error(false)
             .timeout_connect(Some(address::CONNECT))
             .build();
-        let resolver = Checked { policy: request.policy.clone(), verdict: verdict.clone() };
         Ok(Self {
             link: Arc::new(Link {
-                agent: Agent::with_parts(config, DefaultConnector::default(), resolver),
+                agent: Agent::with_parts(config, DefaultConnector::default(), addresses),
                 host: url.host().to_owned(),
                 authorization: login.map(Login::basic),
                 verdict,
@@ -171,14 +181,23 @@ impl Link {
     }
 
     fn network(&self, error: &ureq::Error) -> Failure {
-        let what = match error {
-            ureq::Error::Tls(_) | ureq::Error::Rustls(_) | ureq::Error::Pem(_) => "no trusted connection could be made",
-            ureq::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => {
-                "no trusted connection could be made"
+        use io::ErrorKind::{InvalidData, UnexpectedEof};
+        let failure = |what: &str| Failure::new(ErrorClass::Network, format!("{}: {what}: {error}", self.host));
+        match error {
+            ureq::Error::Tls(_) | ureq::Error::Rustls(_) | ureq::Error::Pem(_) => {
+                failure("no trusted connection could be made")
             }
-            _ => "the connection failed",
-        };
-        Failure::new(ErrorClass::Network, format!("{}: {what}: {error}", self.host))
+            ureq::Error::Io(error) if error.kind() == InvalidData => failure("no trusted connection could be made"),
+            ureq::Error::ConnectProxyFailed(said) if said.contains(" 403/") => {
+                Failure::forbidden(format!("{}: the proxy does not connect to it", self.host))
+            }
+            // It speaks, only not what we want to hear.
+            ureq::Error::Protocol(_) | ureq::Error::Http(_) | ureq::Error::LargeResponseHeader(..) => {
+                failure("it gave no proper answer")
+            }
+            ureq::Error::Io(error) if error.kind() == UnexpectedEof => failure("the connection failed"),
+            _ => failure("the connection failed").unreachable(),
+        }
     }
 }
 

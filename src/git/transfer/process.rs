@@ -190,8 +190,10 @@ fn judge(name: &str, code: Option<i32>, said: &str) -> Failure {
     } else {
         ErrorClass::Network
     };
-    let code = code.map_or_else(|| "a signal".to_owned(), |code| format!("code {code}"));
-    Failure::new(class, format!("{name} ended with {code}: {}", crate::protocol::printable(said)))
+    let shown = code.map_or_else(|| "a signal".to_owned(), |code| format!("code {code}"));
+    let mut failure = Failure::new(class, format!("{name} ended with {shown}: {}", crate::protocol::printable(said)));
+    failure.unreachable = name == "ssh" && code == Some(255) && class == ErrorClass::Network;
+    failure
 }
 
 /// What the program writes.

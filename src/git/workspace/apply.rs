@@ -74,7 +74,12 @@ pub(super) fn apply(root: &Dir, stage: &Stage, changes: &[Change], reporter: &Re
     let mut moved = || {
         done += 1;
         if done.is_multiple_of(64) || done == total {
-            reporter.progress(Progress { phase: "checkout".to_owned(), done, total: Some(total), bytes: 0 });
+            reporter.progress(Progress {
+                phase: "checkout".to_owned(),
+                done,
+                total: Some(total),
+                ..Progress::default()
+            });
         }
     };
     // From the deepest up, so that a directory can make room for a file.

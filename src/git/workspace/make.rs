@@ -145,6 +145,7 @@ fn check_out(repo: &Repository, tree: ObjectId, root: &Path, total: u64, reporte
                         done: now.0 as u64,
                         total: Some(total),
                         bytes: now.1 as u64,
+                        ..Progress::default()
                     });
                     last = now;
                 }

@@ -45,16 +45,16 @@ pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
     let full = ["No space left", "quota exceeded", "Read-only file system"].iter().any(|text| message.contains(text));
     match error.code() {
         _ if full => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
-        ErrorCode::Owner => {
-            Failure::forbidden(format!("{what}: it belongs to another user than the agent; run the agent as its owner"))
-        }
+        ErrorCode::Owner => Failure::forbidden(format!(
+            "{what}: it belongs to another user than the one who works in it; set git.run_as to its owner and clone it anew"
+        )),
         ErrorCode::Locked => Failure::conflict(format!("{what}: another program holds a lock ({message})")),
         _ => altered(format!("{what}: {message}")),
     }
 }
 
 /// Lets the library read no settings but the project's own.
-fn forget_search_paths() {
+pub(in crate::git) fn forget_search_paths() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         for level in [ConfigLevel::System, ConfigLevel::Global, ConfigLevel::XDG, ConfigLevel::ProgramData] {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, OpenOptions},
+    fs,
     io::{Read, Write},
     sync::mpsc::{RecvTimeoutError, sync_channel},
     time::Duration,
@@ -27,8 +27,7 @@ const QUIET: Duration = Duration::from_secs(1);
 /// # Errors
 /// `corrupt` where it is cut or wrong.
 pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporter: &Reporter) -> Result<(), Failure> {
-    let mut pipe = inherited(number, OpenOptions::new().read(true))?;
-    // The descriptor that came with the process would keep nothing alive on this side; only the end of the writer counts.
+    let mut pipe = inherited(number)?;
     let (sender, chunks) = sync_channel::<std::io::Result<Vec<u8>>>(4);
     std::thread::spawn(move || {
         loop {
@@ -74,6 +73,7 @@ pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporte
             done: progress.indexed_objects() as u64,
             total: Some(progress.total_objects() as u64),
             bytes: progress.received_bytes() as u64,
+            ..Progress::default()
         });
         true
     });
