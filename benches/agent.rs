@@ -143,12 +143,13 @@ impl Agent {
                 _ => {}
             }
         };
-        if !history || fs::metadata(self.project(more_target(&done.event)).join(".git/shallow")).is_err() {
+        if !history || done.event["result"]["history"] != "pending" {
             return (done, None);
         }
         loop {
             let seen = self.event(begun).await;
             if seen.event["task_id"] == *id && seen.event["status"] == "history" {
+                assert!(seen.event["error"].is_null(), "the history was not attached: {}", seen.event);
                 return (done, Some(seen));
             }
         }
@@ -184,10 +185,6 @@ impl Drop for Agent {
 /// The agent under measurement.
 pub(crate) fn program() -> PathBuf {
     std::env::var_os("HAUL_BIN").map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_haul")), PathBuf::from)
-}
-
-fn more_target(event: &Value) -> &str {
-    event["result"]["local_path"].as_str().unwrap_or_default()
 }
 
 async fn ready(process: &mut Child, log: &Path) -> bool {

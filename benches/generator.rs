@@ -37,7 +37,7 @@ pub(crate) const SHAPES: [Shape; 4] = [
     Shape { name: "medium", files: 5_000, commits: 10_000, file_bytes: 6_000, edits: 3, hunk: 20 },
     Shape { name: "large", files: 50_000, commits: 100_000, file_bytes: 3_000, edits: 3, hunk: 20 },
     // In place of a repository of the git project's kind: its files, their size, its commits, and its pack's size.
-    Shape { name: "history", files: 5_000, commits: 80_000, file_bytes: 12_000, edits: 4, hunk: 70 },
+    Shape { name: "history", files: 5_000, commits: 80_000, file_bytes: 12_000, edits: 2, hunk: 100 },
 ];
 
 /// The repository of a shape below `cache`, made if it is not there.
@@ -55,7 +55,7 @@ pub(crate) fn repository(name: &str, cache: &Path) -> PathBuf {
     git(cache, &["init", "--quiet", "--bare", "--initial-branch=main", path.to_str().expect("a path is text")]);
     import(shape, &path);
     let (depth, window) = (format!("--depth={DEPTH}"), format!("--window={WINDOW}"));
-    git(&path, &["repack", "-q", "-a", "-d", "-f", "-b", &depth, &window, "--threads=2"]);
+    git(&path, &["repack", "-q", "-a", "-d", "-F", "-b", &depth, &window, "--threads=2"]);
     git(&path, &["pack-refs", "--all"]);
     fs::write(path.join("whole"), "").expect("the cache can be written");
     path
@@ -75,7 +75,9 @@ pub(crate) fn facts(path: &Path) -> String {
 
 fn import(shape: &Shape, path: &Path) {
     let mut child = Command::new("git")
-        .args(["-C", path.to_str().expect("a path is text"), "fast-import", "--quiet", "--force"])
+        .args(["-C", path.to_str().expect("a path is text")])
+        // Quick here; the repack compresses everything anew.
+        .args(["-c", "core.compression=1", "fast-import", "--quiet", "--force"])
         .stdin(Stdio::piped())
         .spawn()
         .expect("git can be run");
@@ -103,7 +105,8 @@ fn write(shape: &Shape, out: &mut impl Write) -> std::io::Result<()> {
         } else {
             for _ in 0..=text.below(shape.edits as u64) {
                 let chosen = text.uneven(shape.files);
-                change(&mut files[chosen], shape.hunk, &mut text);
+                let room = (shape.file_bytes * 3 / 2).saturating_sub(files[chosen].len());
+                change(&mut files[chosen], shape.hunk, room, &mut text);
                 write!(out, "M 100644 inline {}\n", paths[chosen])?;
                 data(out, &files[chosen])?;
             }
@@ -132,8 +135,8 @@ fn place(n: usize, files: usize, text: &mut Text) -> String {
     }
 }
 
-/// Puts new lines in place of a run of old ones.
-fn change(file: &mut Vec<u8>, hunk: usize, text: &mut Text) {
+/// Puts new lines in place of a run of old ones; where there is no more `room`, no more of them than went.
+fn change(file: &mut Vec<u8>, hunk: usize, room: usize, text: &mut Text) {
     let starts: Vec<usize> = std::iter::once(0)
         .chain(file.iter().enumerate().filter(|(_, byte)| **byte == b'\n').map(|(at, _)| at + 1))
         .collect();
@@ -141,8 +144,11 @@ fn change(file: &mut Vec<u8>, hunk: usize, text: &mut Text) {
     let old = text.below(hunk as u64) as usize;
     let last = (first + old).min(starts.len() - 1);
     let mut new = Vec::new();
+    let gone = starts[last] - starts[first];
     for _ in 0..=text.below(hunk as u64) {
-        text.line(&mut new);
+        if new.len() < gone.max(room) {
+            text.line(&mut new);
+        }
     }
     file.splice(starts[first]..starts[last], new);
 }

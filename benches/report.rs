@@ -68,7 +68,7 @@ impl Report {
         for comparison in &self.comparisons {
             let name = &comparison.name;
             let _ = write!(text, "## {}\n\n![{}]({name}.svg)\n\n", comparison.title, comparison.title);
-            text.push_str("| | median | against the first | rounds, in ms |\n|---|---:|---:|---|\n");
+            text.push_str("| | median | the first against it | rounds, in ms |\n|---|---:|---:|---|\n");
             let first = comparison.series[0].median();
             for (n, series) in comparison.series.iter().enumerate() {
                 let rounds = series.rounds.iter().map(|round| format!("{round:.0}")).collect::<Vec<_>>().join(", ");
@@ -89,10 +89,9 @@ impl Report {
     }
 }
 
-/// How `other` stands to `first`.
+/// How `first`, which is haul, stands to `other`.
 fn compared(other: f64, first: f64) -> String {
-    let ratio = other / first;
-    format!("{ratio:.2} times as long ({:+.0} ms)", other - first)
+    format!("haul takes {:.2} of it, {:+.0} ms: {:.2} times as fast", first / other, first - other, other / first)
 }
 
 /// Bars for the medians, dots for the rounds.
