@@ -37,7 +37,7 @@ pub(crate) const SHAPES: [Shape; 4] = [
     Shape { name: "medium", files: 5_000, commits: 10_000, file_bytes: 6_000, edits: 3, hunk: 20 },
     Shape { name: "large", files: 50_000, commits: 100_000, file_bytes: 3_000, edits: 3, hunk: 20 },
     // In place of a repository of the git project's kind: its files, their size, its commits, and its pack's size.
-    Shape { name: "history", files: 5_000, commits: 80_000, file_bytes: 12_000, edits: 2, hunk: 100 },
+    Shape { name: "history", files: 5_000, commits: 80_000, file_bytes: 12_000, edits: 2, hunk: 140 },
 ];
 
 /// The repository of a shape below `cache`, made if it is not there.
