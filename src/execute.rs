@@ -3,6 +3,7 @@
 mod clone;
 mod delete;
 mod executor;
+mod extras;
 mod pace;
 mod pull;
 mod reserve;

@@ -31,7 +31,7 @@ use haul::{
         Fence, Run,
         child::Children,
         mirror::{Fetched, Mirrors, Source, Want},
-        settings::GitSettings,
+        settings::{Engine, GitSettings},
     },
     protocol::{CredentialName, GitUrl, Progress},
 };
@@ -689,7 +689,7 @@ async fn a_killed_child_is_a_fault_of_ours_and_the_next_fetch_works() {
     upstream.commit_noise("noise", 400_000);
     let server = Server::start(upstream.root());
     server.behave(Behaviour::StallPack { after: 100_000 });
-    let node = Node::new().await;
+    let node = Node::with(|settings| settings.transport_fallback = false).await;
     let url = server.url("app.git");
     let kill = async {
         node.receiving().await;

@@ -147,6 +147,12 @@ fn details(event: &Event) -> Option<String> {
     if let Some(bytes) = result.received_bytes.filter(|&bytes| bytes > 0) {
         parts.push(format!("{} received", ByteSize(bytes)));
     }
+    if let Some(count) = result.submodules_changed {
+        parts.push(format!("{count} submodules changed and were left as they are"));
+    }
+    if let Some(count) = result.lfs_changed {
+        parts.push(format!("{count} LFS files changed and are pointers now"));
+    }
     if let Some(backup) = &result.backup_ref {
         parts.push(format!("what was overwritten is in {backup}"));
     }

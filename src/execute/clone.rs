@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use super::{
     Job,
     executor::{GitExecutor, blocking, stamp},
+    extras,
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -129,7 +130,7 @@ async fn made(
     run: &Run<'_>,
 ) -> Result<TaskResult, Failure> {
     git.reserve.check_copy(&fetched.path).await?;
-    copy_objects(fetched, staging, run).await?;
+    copy_objects(git, fetched, staging, run).await?;
     let order = Make {
         url: work.url.as_str().to_owned(),
         listing: fetched.listing.clone(),
@@ -140,6 +141,7 @@ async fn made(
         reserve: git.reserve.bytes(),
     };
     let made = workspace::make(&git.children.of(staging.owner), staging.handle()?, order, run).await?;
+    extras::add(git, work, fetched, staging, run).await?;
     let staged = Arc::clone(staging);
     blocking(move || staged.flush()).await?;
     Ok(TaskResult {
@@ -156,9 +158,14 @@ async fn made(
 }
 
 /// Copies what the mirror holds; ends early when the run does.
-async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) -> Result<(), Failure> {
+async fn copy_objects(
+    git: &GitExecutor,
+    fetched: &Fetched,
+    staging: &Arc<Staging>,
+    run: &Run<'_>,
+) -> Result<(), Failure> {
     let (mirror, staged) = (fetched.path.clone(), Arc::clone(staging));
-    let (cancel, deadline) = (run.cancel.clone(), run.deadline.into_std());
+    let (cancel, deadline, reserve) = (run.cancel.clone(), run.deadline.into_std(), git.reserve.clone());
     let (tell, mut told) = tokio::sync::watch::channel(0_u64);
     let copy = blocking(move || {
         let mut bytes = 0;
@@ -171,7 +178,7 @@ async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) 
             if Instant::now() > deadline {
                 return Err(Failure::new(ErrorClass::Timeout, "the deadline of this attempt passed"));
             }
-            Ok(())
+            reserve.still()
         })
     });
     tokio::pin!(copy);

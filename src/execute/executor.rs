@@ -11,8 +11,8 @@ use bytesize::ByteSize;
 use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Reserve, status};
 use crate::{
     failure::Failure,
-    git::{Budget, Children, Confinement, GitSettings, Mirrors, Projects, Run, Stamp, Support},
-    protocol::{HostState, ProjectId, Task, TaskResult, Work},
+    git::{Budget, Children, Confinement, GitSettings, Mirrors, Projects, Run, Stamp, Support, owner::barred},
+    protocol::{HostState, ProjectId, Scheme, Task, TaskResult, Work},
 };
 
 /// Executes tasks on the projects of one agent.
@@ -45,9 +45,17 @@ impl GitExecutor {
         support.allow(settings)?;
         support.warn(settings);
         let children = Children::new(program, settings.kill_grace)?.confined(Confinement::from(settings));
-        let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
+        let mirrors = Mirrors::open(storage, settings, children.clone()).await?.keeping_free(reserve.bytes());
         let path = projects.to_owned();
-        let projects = blocking(move || Projects::open(&path)).await?;
+        let other_owners = settings.has_other_owners(support.own);
+        let projects = blocking(move || {
+            let projects = Projects::open(&path)?;
+            if let Some(barred) = barred(&path).filter(|_| other_owners) {
+                tracing::warn!(path = %barred.display(), "the owners of projects cannot pass this directory: chmod o+x");
+            }
+            Ok(projects)
+        })
+        .await?;
         let bound = projects.mirrored();
         mirrors.remove_unused(move |key| bound.contains(key)).await?;
         Ok(Self { settings: settings.clone(), children, mirrors, projects: Arc::new(projects), reserve })
@@ -101,9 +109,13 @@ impl Execute for GitExecutor {
     fn admit(&self, task: &Task) -> Result<(), Failure> {
         match &task.work {
             Work::Clone(work) => {
-                let unsupported = [("submodules", work.submodules), ("lfs", work.lfs), ("depth", work.depth.is_some())];
-                if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
-                    return Err(Failure::invalid(format!("this agent does not support {field}")));
+                if work.depth.is_some() {
+                    return Err(Failure::invalid("this agent does not support depth"));
+                }
+                if work.lfs && !matches!(work.url.scheme(), Scheme::Https | Scheme::Http) {
+                    return Err(Failure::invalid(
+                        "lfs works over https only; clone without it, or from an https address",
+                    ));
                 }
                 self.settings.owner(work.owner)?;
                 self.mirrors.allow(&work.url)

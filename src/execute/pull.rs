@@ -56,6 +56,7 @@ pub(super) async fn execute(
             refs,
             interrupted: noted.map(|note| (note.old, note.new)),
             reset: work.on_conflict == OnConflict::Reset,
+            reserve: git.reserve.bytes(),
             backup: (Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string(), job.task.id.as_str().to_owned()),
             budget: git.budget(),
         };
@@ -71,6 +72,8 @@ pub(super) async fn execute(
         received_bytes: Some(fetched.received_bytes),
         updated: Some(pulled.updated),
         backup_ref: pulled.backup_ref,
+        submodules_changed: Some(pulled.submodules).filter(|&count| count > 0),
+        lfs_changed: Some(pulled.pointers).filter(|&count| count > 0),
         ..TaskResult::default()
     })
 }
@@ -179,9 +182,10 @@ async fn bring(
             Err(failure) if matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(pack.await.err().unwrap_or(failure)),
             Err(failure) => Err(failure),
         },
-        packed = &mut pack => {
-            packed?;
-            pull.await
+        packed = &mut pack => match (packed, pull.await) {
+            // Whoever does not read to the end knows better why.
+            (Err(failure), Err(cause)) if matches!(cause.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(failure),
+            (_, pulled) => pulled,
         }
     }
 }

@@ -31,6 +31,9 @@ pub use self::{
     serve::{Reporter, serve},
 };
 
+/// How a failure begins that is one of memory.
+pub(super) const TOO_MUCH_MEMORY: &str = "this needs more memory than git.child_memory";
+
 /// What a child is for. Roles never mix: each sees only what its work needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -233,6 +236,10 @@ fn broken(role: Role, how: &str, ended: &Ended) -> Failure {
     if !ended.said.is_empty() {
         message.push_str(": ");
         message.push_str(&ended.said);
+    }
+    // The runtime's own last words; they are not translated.
+    if ended.said.contains("memory allocation of") {
+        return Failure::new(ErrorClass::Quota, format!("{TOO_MUCH_MEMORY}: {message}"));
     }
     Failure::internal(message)
 }

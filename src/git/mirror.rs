@@ -1,5 +1,6 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod lfs;
 mod upkeep;
 
 use std::{
@@ -21,10 +22,11 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Run,
-    child::{self, Children, Role},
+    child::{self, Children},
     credential::CredentialFile,
     hosts::Hosts,
     policy::Policy,
+    room::blamed,
     settings::GitSettings,
     transfer,
 };
@@ -106,6 +108,8 @@ pub struct Mirrors {
     policy: Policy,
     children: Children,
     hosts: Hosts,
+    /// How many bytes of the disk are to stay free.
+    reserve: u64,
     /// One transfer at a time into each mirror.
     flights: Mutex<HashMap<String, Weak<Flight>>>,
 }
@@ -129,8 +133,16 @@ impl Mirrors {
             policy: Policy::from(settings),
             children,
             hosts: Hosts::new(settings),
+            reserve: 0,
             flights: Mutex::default(),
         })
+    }
+
+    /// The same, and no transfer goes on where fewer bytes than `reserve` are free.
+    #[must_use]
+    pub fn keeping_free(mut self, reserve: u64) -> Self {
+        self.reserve = reserve;
+        self
     }
 
     /// What can be said about an address without asking anybody: scheme, host patterns, literal addresses.
@@ -179,8 +191,10 @@ impl Mirrors {
             proxy: of_host.proxy,
             known_hosts: self.settings.known_hosts.clone(),
             max_bytes: self.settings.max_bytes.as_u64(),
+            reserve: self.reserve,
+            engine: self.settings.transport,
         };
-        let answer = self.transfer(url, &request, run).await;
+        let answer = self.transfer(url, request, run).await;
         // Goes only if it is empty.
         if answer.is_err() && std::fs::remove_dir(&path).is_ok() {
             // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused
@@ -208,7 +222,7 @@ impl Mirrors {
     async fn transfer(
         &self,
         url: &GitUrl,
-        request: &transfer::Request,
+        request: transfer::Request,
         run: &Run<'_>,
     ) -> Result<transfer::Answer, Failure> {
         let pass = self.hosts.enter(url, run).await?;
@@ -217,7 +231,7 @@ impl Mirrors {
             (run.progress)(progress);
         };
         let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
-        let answer = self.children.run(Role::Transfer, request, Vec::new(), &watched).await;
+        let answer = transfer::run(&self.children, request, self.settings.transport_fallback, &watched).await;
         pass.settle(answer)
     }
 
@@ -257,13 +271,15 @@ fn make_directory(path: &Path) -> std::io::Result<()> {
 
 /// Takes the shared lock at `path`, which waits only for the upkeep of the mirror.
 async fn lock_shared(path: PathBuf, run: &Run<'_>) -> Result<File, Failure> {
-    let file = tokio::task::spawn_blocking(move || {
+    let place = path.parent().map(Path::to_owned).unwrap_or_default();
+    let opened = tokio::task::spawn_blocking(move || -> std::io::Result<File> {
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
         // Tells when the mirror was last used.
         file.set_modified(SystemTime::now()).map(|()| file)
     })
     .await
-    .map_err(|error| Failure::internal(error.to_string()))??;
+    .map_err(|error| Failure::internal(error.to_string()))?;
+    let file = opened.map_err(|error| blamed(error.into(), &[&place]))?;
     let taken = async {
         loop {
             match flock(&file, FlockOperation::NonBlockingLockShared) {

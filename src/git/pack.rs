@@ -151,3 +151,15 @@ fn damaged(error: git2::Error) -> Failure {
     let class = if error.code() == ErrorCode::Owner { ErrorClass::Forbidden } else { ErrorClass::Corrupt };
     Failure::new(class, format!("a mirror of this node cannot be read: {}", error.message()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pack_child_reads_one_mirror_and_writes_to_one_pipe() {
+        let request = Request { mirror: "/m.git".into(), wants: Vec::new(), haves: Vec::new(), into: 5 };
+        let wanted = Access { reads: vec!["/m.git".into()], descriptors: vec![5], ..Access::default() };
+        assert_eq!(request.access(), wanted);
+    }
+}

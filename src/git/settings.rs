@@ -5,8 +5,20 @@ mod host;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
+/// What speaks git's protocol with an upstream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// The library that is built in.
+    #[default]
+    Gix,
+    /// The `git` command of the node.
+    Git,
+}
+
+pub(super) use host::of as of_tables;
 pub use host::{HostSettings, Proxy};
 
 use super::{child::Sandbox, owner::Owners};
@@ -36,6 +48,11 @@ pub struct GitSettings {
     /// How long a child that was asked to end may take before it is killed.
     #[serde(with = "humantime_serde")]
     pub kill_grace: Duration,
+    /// What speaks with upstreams.
+    pub transport: Engine,
+    /// Whether the `git` command of the node, where there is one that can be used, tries again what the library failed
+    /// at with `corrupt` or `internal`.
+    pub transport_fallback: bool,
     /// Whether `http://` upstreams are allowed.
     pub allow_http: bool,
     /// Whether `file://` upstreams are allowed; for tests and the demo.
@@ -90,6 +107,8 @@ impl Default for GitSettings {
             stall: Duration::from_mins(1),
             max_stall: Duration::from_mins(10),
             kill_grace: Duration::from_secs(2),
+            transport: Engine::default(),
+            transport_fallback: true,
             allow_http: false,
             allow_file: false,
             allow_loopback: false,

@@ -6,9 +6,11 @@
 mod address;
 mod bare;
 mod budget;
+mod command;
 mod early;
 mod gitoxide;
 mod http;
+mod lfs;
 mod meter;
 mod process;
 mod status;
@@ -24,20 +26,25 @@ use std::{
 use gix_transport::{Protocol, client::blocking_io::http::connect_http};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::lfs::{LfsAnswer, LfsRequest};
 use self::{
+    address::Route,
     bare::Bare,
     budget::Budget,
+    command::GitCommand,
     gitoxide::{Bounds, Gitoxide},
     meter::Meter,
     process::Program,
     verdict::Verdict,
 };
 use super::{
-    child::{Access, Confined, Reporter, serve},
+    Run,
+    child::{Access, Children, Confined, Reporter, Role, serve},
     credential::CredentialFile,
     mirror::{Listing, Source, Want},
     policy::Policy,
-    settings::Proxy,
+    room::blamed,
+    settings::{Engine, Proxy},
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -69,6 +76,12 @@ pub(super) struct Request {
     pub(super) known_hosts: Option<PathBuf>,
     /// The most bytes it may receive.
     pub(super) max_bytes: u64,
+    /// How many bytes of the disk are to stay free.
+    #[serde(default)]
+    pub(super) reserve: u64,
+    /// What speaks with the upstream.
+    #[serde(default)]
+    pub(super) engine: Engine,
 }
 
 impl Confined for Request {
@@ -82,7 +95,7 @@ impl Confined for Request {
             reads: files.into_iter().flatten().collect(),
             writes: vec![self.mirror.clone()],
             network: true,
-            programs: matches!(scheme, Some((Scheme::Ssh | Scheme::File, _))),
+            programs: self.engine == Engine::Git || matches!(scheme, Some((Scheme::Ssh | Scheme::File, _))),
             ..Access::default()
         }
     }
@@ -117,25 +130,89 @@ trait Transport {
     fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure>;
 }
 
+/// What a transfer child may be told; the fields of the two have different names.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Order {
+    Lfs(LfsRequest),
+    Fetch(Box<Request>),
+}
+
+impl Confined for Order {
+    fn access(&self) -> Access {
+        match self {
+            Self::Lfs(request) => request.access(),
+            Self::Fetch(request) => request.access(),
+        }
+    }
+}
+
+/// Has a child do `request`. With `fallback`, what the first engine could not do for a reason of its own is tried again
+/// with the `git` command, in the same attempt.
+///
+/// # Errors
+/// A failure that carries its decision: the second one's, unless it did no better.
+pub(super) async fn run(
+    children: &Children,
+    mut request: Request,
+    fallback: bool,
+    run: &Run<'_>,
+) -> Result<Answer, Failure> {
+    let first = children.run(Role::Transfer, &request, Vec::new(), run).await;
+    let own =
+        |failure: &Failure| matches!(failure.class, ErrorClass::Corrupt | ErrorClass::Internal) && !failure.deferred;
+    let failure = match first {
+        Err(failure) if fallback && request.engine == Engine::Gix && own(&failure) && !run.cancel.is_cancelled() => {
+            failure
+        }
+        other => return other,
+    };
+    tracing::warn!(error = %failure, "a transfer failed in a way that may be ours; the git command tries it again");
+    request.engine = Engine::Git;
+    match children.run(Role::Transfer, &request, Vec::new(), run).await {
+        Err(second) if run.cancel.is_cancelled() => Err(second),
+        Err(second) if own(&second) => {
+            let message = format!("{}; the git command did no better: {}", failure.message, second.message);
+            Err(Failure { message, ..failure })
+        }
+        other => other,
+    }
+}
+
 /// `haul child transfer`.
 pub(super) fn main() -> ExitCode {
-    serve(|request: Request, reporter| transfer(&request, reporter))
+    serve(|order: Order, reporter| match order {
+        Order::Lfs(request) => value(lfs::fetch(&request, reporter)?),
+        Order::Fetch(request) => value(transfer(&request, reporter)?),
+    })
+}
+
+fn value(answer: impl Serialize) -> Result<serde_json::Value, Failure> {
+    serde_json::to_value(answer).map_err(|error| Failure::internal(error.to_string()))
 }
 
 fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {
     let url = GitUrl::parse(&request.url)?;
     request.policy.allow(&url)?;
     let meter = Meter::default();
-    meter.reporting(TICK, reporter, || {
+    let transferred = meter.reporting(TICK, reporter, || {
         let mut transport = connect(request, &url, &meter)?;
         mirrored(&request.mirror, &request.want, transport.as_mut())
-    })
+    });
+    let places = [Some(request.mirror.as_path()), request.mirror.parent()];
+    transferred.map_err(|failure| blamed(failure, &places.into_iter().flatten().collect::<Vec<_>>()))
 }
 
 /// The transport that fits `url`.
 fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<dyn Transport + 'a>, Failure> {
+    if request.engine == Engine::Git {
+        return Ok(Box::new(GitCommand::new(request, url, meter)?));
+    }
     let verdict = Verdict::default();
-    let budget = Budget::new(verdict.clone(), meter.received());
+    let mut budget = Budget::new(verdict.clone(), meter.received());
+    if let Some(place) = request.mirror.parent() {
+        budget = budget.keeping_free(place, request.reserve);
+    }
     let bounds = Bounds { verdict: verdict.clone(), budget: budget.clone(), max_bytes: request.max_bytes };
     let program = match url.scheme() {
         Scheme::Https | Scheme::Http => {
@@ -145,12 +222,7 @@ fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<
             return Ok(Box::new(Gitoxide::new(connect_http(http, address, Protocol::V2, false), bounds, meter)));
         }
         Scheme::Ssh => {
-            if request.proxy.as_ref().is_some_and(|proxy| proxy.address().is_some()) {
-                let message =
-                    format!("the host {} is reached through a proxy, which takes no ssh; use https", url.host());
-                return Err(Failure::forbidden(message));
-            }
-            let address = address::lookup(url.host(), url.port(), &request.policy, &address::system)?[0].ip();
+            let address = Route::of(request, url, &address::system)?.for_ssh(url)?;
             let key = request.credential.as_ref().map(|file| file.path.as_path());
             Program::ssh(url, address, key, request.known_hosts.as_deref())?
         }
@@ -208,4 +280,38 @@ fn unless_absent(failure: Failure, oid: &str) -> Failure {
         return Failure::new(ErrorClass::NotFound, format!("the upstream has no commit {oid}"));
     }
     failure
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::git::GitSettings;
+
+    #[test]
+    fn a_transfer_child_writes_one_mirror_and_runs_programs_only_where_the_scheme_needs_them() {
+        let access = |url: &str| {
+            let request = Request {
+                url: url.to_owned(),
+                mirror: "/m.git".into(),
+                want: Want::All,
+                credential: None,
+                policy: Policy::from(&GitSettings::default()),
+                ca_file: Some("/ca.pem".into()),
+                proxy: None,
+                known_hosts: None,
+                max_bytes: 1,
+                reserve: 0,
+                engine: Engine::Gix,
+            };
+            request.access()
+        };
+        let https = access("https://git.example/x.git");
+        let wanted =
+            Access { reads: vec!["/ca.pem".into()], writes: vec!["/m.git".into()], network: true, ..Access::default() };
+        assert_eq!(https, wanted);
+        assert!(access("ssh://git@git.example/x.git").programs);
+        let file = access("file:///srv/x.git");
+        assert!(file.programs && file.reads.contains(&PathBuf::from("/srv/x.git")));
+        assert!(!access("no address at all").programs);
+    }
 }

@@ -7,6 +7,7 @@ mod apply;
 mod backup;
 mod guard;
 mod index;
+mod lfs;
 mod look;
 mod make;
 mod open;
@@ -15,27 +16,36 @@ mod pull;
 mod pulse;
 mod receive;
 mod skeleton;
+mod submodules;
 mod waiting;
 mod walk;
 
-use std::{os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-pub(super) use self::open::forget_search_paths;
 use self::pull::Question;
 pub(crate) use self::{
+    lfs::{Pointers, Smudge, collect, smudge},
     look::{Look, Looked},
     make::{Made, Make},
     pull::{Pull, Pulled},
+    submodules::{Add, Survey, Surveyed, add, survey},
     walk::Budget,
 };
+pub(super) use self::{open::forget_search_paths, walk::check_name};
 use super::{
     Run,
-    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, TOO_MUCH_MEMORY, inherited, serve},
     projects::Dir,
+    room,
 };
 use crate::failure::{ErrorClass, Failure};
 
@@ -61,13 +71,21 @@ enum Order {
     Look(Look),
     /// Bring up to date.
     Pull(Pull),
+    /// Measure the tree of a repository of a project in the making, and list its submodules.
+    Survey(Survey),
+    /// Make one of them.
+    Add(Add),
+    /// List the LFS pointers of one of its repositories.
+    Collect(Pointers),
+    /// Put what they point to into their places.
+    Smudge(Smudge),
 }
 
 impl Confined for Request {
     fn access(&self) -> Access {
         let pack = match &self.order {
             Order::Pull(order) => order.pack,
-            Order::Make(_) | Order::Look(_) => None,
+            _ => None,
         };
         Access {
             directory: Some(self.directory),
@@ -143,6 +161,8 @@ fn patient<'a>(run: &Run<'a>) -> Run<'a> {
 fn altered(failure: Failure) -> Failure {
     match failure.class {
         ErrorClass::Stalled => Failure::conflict("the workspace was altered: a file in it cannot be read to its end"),
+        // What grows without end in a project was put there.
+        ErrorClass::Quota if failure.message.starts_with(TOO_MUCH_MEMORY) => guard::altered(failure.message),
         _ => failure,
     }
 }
@@ -151,11 +171,17 @@ fn altered(failure: Failure) -> Failure {
 pub(super) fn main() -> ExitCode {
     serve(|request: Request, reporter| {
         let directory = directory(request.directory)?;
-        pulse::with(reporter, || match request.order {
+        let done = pulse::with(reporter, || match request.order {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
             Order::Look(order) => value(look::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
             Order::Pull(order) => value(pull::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
-        })
+            Order::Survey(order) => value(submodules::run_survey(&directory, &order, reporter)?),
+            Order::Add(order) => value(submodules::run_add(&directory, &order, reporter)?),
+            Order::Collect(order) => value(lfs::run_collect(&directory, &order, reporter)?),
+            Order::Smudge(order) => value(lfs::run_smudge(&directory, &order, reporter)?),
+        });
+        let place = PathBuf::from(format!("/proc/self/fd/{}/.", directory.as_fd().as_raw_fd()));
+        done.map_err(|failure| room::blamed(failure, &[&place]))
     })
 }
 
@@ -181,4 +207,16 @@ fn value(answer: impl Serialize) -> Result<Value, Failure> {
 /// Asks the agent and waits.
 fn ask<A: DeserializeOwned>(reporter: &Reporter, question: &Question) -> Result<A, Failure> {
     reporter.ask(question)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workspace_child_is_handed_its_directory_and_a_pack_and_names_no_path() {
+        let order = Order::Look(Look { refs: false, status: false });
+        let access = Request { directory: 7, order }.access();
+        assert_eq!(access, Access { directory: Some(7), as_owner: true, ..Access::default() });
+    }
 }

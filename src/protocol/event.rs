@@ -125,6 +125,12 @@ pub struct TaskResult {
     /// For `pull` with `on_conflict: reset`: the ref that keeps what was overwritten.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backup_ref: Option<String>,
+    /// For `pull`: submodules whose commit changed; a pull leaves them as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub submodules_changed: Option<u64>,
+    /// For `pull`: LFS files that changed; their pointers are in the project, what they point to is not fetched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lfs_changed: Option<u64>,
     /// For `status`: commits of the project that its upstream branch lacks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ahead: Option<u64>,
@@ -184,6 +190,7 @@ pub struct Origin {
 }
 
 /// How a task ended.
+#[expect(clippy::large_enum_variant, reason = "there is one for a task, and it is moved a few times")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// Done.

@@ -27,7 +27,10 @@ fn settings() -> GitSettings {
 async fn world(settings: GitSettings) -> World {
     require_root();
     let world = World::with(settings).await;
-    fs::set_permissions(world.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // As the lock of an agent makes them.
+    for (name, mode) in [("", 0o755), ("storage", 0o755), ("storage/.haul", 0o711)] {
+        fs::set_permissions(world.path(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
     world
 }
 

@@ -68,6 +68,13 @@ pub(crate) enum Behaviour {
         /// Bytes of the answer's body that are still sent.
         after: usize,
     },
+    /// One byte of each pack is another, for clients whose request holds this text; all else as git does.
+    DamagePack {
+        /// The place in the answer's body.
+        at: usize,
+        /// Part of the request.
+        asked_by: &'static str,
+    },
 }
 
 /// What was asked for so far.
@@ -103,19 +110,28 @@ struct Shared {
     state: Mutex<State>,
 }
 
+/// Answers a request that is not for git, and tells whether it did.
+pub(crate) type Handler = Arc<dyn Fn(&Request, &mut dyn Write) -> bool + Send + Sync>;
+
 struct State {
     behaviour: Behaviour,
+    /// Asked first.
+    handler: Option<Handler>,
     /// The value of `Authorization` that is required.
     authorization: Option<String>,
     counts: Counts,
 }
 
-struct Request {
-    method: String,
-    path: String,
+/// One request.
+pub(crate) struct Request {
+    /// Its method.
+    pub(crate) method: String,
+    /// Its path.
+    pub(crate) path: String,
     query: String,
     headers: Vec<(String, String)>,
-    body: Vec<u8>,
+    /// Its body.
+    pub(crate) body: Vec<u8>,
 }
 
 impl Upstream {
@@ -271,7 +287,8 @@ impl Server {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let address = listener.local_addr().unwrap();
-        let state = State { behaviour: Behaviour::Serve, authorization: None, counts: Counts::default() };
+        let state =
+            State { behaviour: Behaviour::Serve, handler: None, authorization: None, counts: Counts::default() };
         let shared =
             Arc::new(Shared { tls, root: root.to_owned(), stopped: AtomicBool::new(false), state: Mutex::new(state) });
         let serving = shared.clone();
@@ -296,6 +313,11 @@ impl Server {
     /// How requests are answered from now on.
     pub(crate) fn behave(&self, behaviour: Behaviour) {
         self.shared.state.lock().unwrap().behaviour = behaviour;
+    }
+
+    /// Lets `handler` answer what it wants to answer, before anything else is looked at.
+    pub(crate) fn handle(&self, handler: impl Fn(&Request, &mut dyn Write) -> bool + Send + Sync + 'static) {
+        self.shared.state.lock().unwrap().handler = Some(Arc::new(handler));
     }
 
     /// Requires Basic authentication from now on; `encoded` is the base64 of `user:password`.
@@ -338,6 +360,8 @@ impl Shared {
     fn serve(&self, stream: &mut impl Stream, socket: &TcpStream) -> std::io::Result<()> {
         let request = Request::read(stream)?;
         let is_pack = request.body.windows(13).any(|window| window == b"command=fetch");
+        let handler = self.state.lock().unwrap().handler.clone();
+        let answered = handler.is_some_and(|handler| handler(&request, stream));
         let behaviour = {
             let mut state = self.state.lock().unwrap();
             let authorization = request.header("authorization").map(str::to_owned);
@@ -351,8 +375,16 @@ impl Shared {
                 state.behaviour.clone()
             }
         };
+        if answered {
+            return Ok(());
+        }
         match behaviour {
             Behaviour::Serve => self.answer(stream, &request, usize::MAX).map(drop),
+            Behaviour::DamagePack { at, asked_by } => {
+                let asked = request.body.windows(asked_by.len()).any(|window| window == asked_by.as_bytes());
+                let at = if is_pack && asked { at } else { usize::MAX };
+                self.answer(&mut Damaging { stream, left: at }, &request, usize::MAX).map(drop)
+            }
             Behaviour::Answer { status, headers } => {
                 let mut head = format!("HTTP/1.1 {status} Status\r\nContent-Length: 0\r\nConnection: close\r\n");
                 for (name, value) in headers {
@@ -435,6 +467,36 @@ impl Shared {
     }
 }
 
+/// A stream that changes one byte of what is written.
+struct Damaging<'a, S> {
+    stream: &'a mut S,
+    left: usize,
+}
+
+impl<S: Read> Read for Damaging<'_, S> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        self.stream.read(into)
+    }
+}
+
+impl<S: Write> Write for Damaging<'_, S> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut bytes = bytes.to_vec();
+        if let Some(byte) = bytes.get_mut(self.left) {
+            *byte ^= 0xff;
+            self.left = usize::MAX;
+        } else if self.left != usize::MAX {
+            self.left -= bytes.len();
+        }
+        self.stream.write_all(&bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.stream.flush()
+    }
+}
+
 /// Turns the output of a CGI program into an answer, chunk by chunk.
 fn relay(stream: &mut impl Stream, output: &mut impl BufRead, most: usize) -> std::io::Result<bool> {
     let mut status = "200 OK".to_owned();
@@ -501,7 +563,7 @@ impl Request {
         Ok(request)
     }
 
-    fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 }

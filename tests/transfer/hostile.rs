@@ -372,7 +372,7 @@ async fn refs_with_odd_names_are_left_out_and_those_that_fight_over_a_name_are_k
     let packed: String =
         ["refs/heads/Main", "refs/heads/d", "refs/heads/d/f", "refs/heads/main", "refs/tags/V", "refs/tags/v"]
             .iter()
-            .map(|name| format!("{tip} {name}\n"))
+            .map(|name| [tip.as_str(), " ", name, "\n"].concat())
             .collect();
     for name in ["heads", "tags"] {
         fs::remove_dir_all(upstream.path().join("refs").join(name)).unwrap();

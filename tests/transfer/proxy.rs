@@ -39,13 +39,13 @@ impl Tunnel {
 
 fn serve(mut client: TcpStream, to: u16, status: u16, heard: &Mutex<Vec<String>>) -> std::io::Result<()> {
     let mut reader = BufReader::new(client.try_clone()?);
-    let mut head = String::new();
-    while !head.ends_with("\r\n\r\n") {
-        if reader.read_line(&mut head)? == 0 {
+    let mut request = String::new();
+    while !request.ends_with("\r\n\r\n") {
+        if reader.read_line(&mut request)? == 0 {
             return Ok(());
         }
     }
-    heard.lock().unwrap().push(head);
+    heard.lock().unwrap().push(request);
     write!(client, "HTTP/1.1 {status} Status\r\n\r\n")?;
     if status != 200 {
         return Ok(());

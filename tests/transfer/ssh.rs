@@ -31,7 +31,7 @@ impl Sshd {
         }
         let authorized: String = options
             .iter()
-            .map(|(key, option)| format!("{option}{}", fs::read_to_string(at(&format!("{key}.pub"))).unwrap()))
+            .map(|(key, option)| [option, fs::read_to_string(at(&format!("{key}.pub"))).unwrap().as_str()].concat())
             .collect();
         fs::write(at("authorized_keys"), authorized).unwrap();
         if run("id", &["-u"]) == "0" {
@@ -76,9 +76,17 @@ impl Sshd {
 
     /// A node that knows this server by `host_key` and has all its users' keys.
     async fn node(&self, host_key: &str) -> Node {
+        self.node_with(host_key, Engine::Gix).await
+    }
+
+    async fn node_with(&self, host_key: &str, engine: Engine) -> Node {
         let known = self.directory.path().join(format!("known hosts {host_key}"));
         fs::write(&known, format!("[localhost]:{} {}", self.port, self.read(&format!("{host_key}.pub")))).unwrap();
-        let node = Node::with(|settings| settings.known_hosts = Some(known)).await;
+        let node = Node::with(|settings| {
+            settings.known_hosts = Some(known);
+            settings.transport = engine;
+        })
+        .await;
         for entry in fs::read_dir(self.directory.path()).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
             if let Some(key) = name.strip_suffix(".pub") {
@@ -122,6 +130,25 @@ async fn ssh_brings_what_git_itself_would_and_later_what_is_new() {
     let phases: Vec<_> = node.progress.lock().unwrap().iter().map(|progress| progress.phase.clone()).collect();
     assert!(phases.contains(&"connecting".to_owned()), "{phases:?}");
     assert!(node.processes().is_empty());
+}
+
+#[tokio::test]
+async fn the_git_command_goes_the_same_way() {
+    let sshd = Sshd::start(&[("user", "restrict ")]);
+    let upstream = rich();
+    let node = sshd.node_with("host", Engine::Git).await;
+    let url = sshd.url(upstream.path().to_str().unwrap());
+    let fetched = node.fetch_as(&url, Some("user"), &Want::All).await.unwrap();
+    assert_eq!(refs(&fetched.path), refs(&upstream.path()));
+    assert_sound(&fetched.path);
+    for (node, key, path, class) in [
+        (&sshd.node_with("other-host", Engine::Git).await, "user", upstream.path(), ErrorClass::Forbidden),
+        (&node, "stranger", upstream.path(), ErrorClass::Auth),
+        (&node, "user", upstream.path().join("absent.git"), ErrorClass::NotFound),
+    ] {
+        let failure = refused(node, &sshd.url(path.to_str().unwrap()), key).await;
+        assert_eq!(failure.class, class, "{failure}");
+    }
 }
 
 #[tokio::test]

@@ -95,10 +95,10 @@ fn copy_files(
         if matches!(kind, FileType::RegularFile | FileType::Unknown) && wanted(name.as_bytes()) {
             let source = from.open_file(&name, OFlags::RDONLY, 0)?;
             let target = into.open_file(&name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
-            let length = copy_file(&source, &target, moved)?;
+            copy_file(&source, &target, moved)?;
             rustix::fs::fchmod(&target, rustix::fs::Mode::from_raw_mode(0o444)).map_err(io::Error::from)?;
             give(&target, owner)?;
-            if length >= LONG {
+            if target.metadata()?.len() >= LONG {
                 writing.start(target);
             }
         }
@@ -106,10 +106,14 @@ fn copy_files(
     Ok(())
 }
 
-fn copy_file(source: &File, target: &File, moved: &mut dyn FnMut(u64) -> Result<(), Failure>) -> Result<u64, Failure> {
+pub(super) fn copy_file(
+    source: &File,
+    target: &File,
+    moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let length = source.metadata()?.len();
     if ioctl_ficlone(target, source).is_ok() {
-        return moved(length).map(|()| length);
+        return moved(length);
     }
     let mut copied = 0;
     loop {
@@ -132,5 +136,5 @@ fn copy_file(source: &File, target: &File, moved: &mut dyn FnMut(u64) -> Result<
     if copied != length {
         return Err(Failure::new(ErrorClass::Internal, "a mirror changed while it was copied"));
     }
-    Ok(length)
+    Ok(())
 }

@@ -12,7 +12,7 @@ use crate::git::policy::fits;
 const DIRECT: &str = "direct";
 
 /// One table: each field holds for the hosts of its pattern unless a narrower pattern sets it too.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HostSettings {
     /// The proxy that leads to these hosts.
@@ -82,7 +82,7 @@ impl Serialize for Proxy {
 }
 
 /// What the tables say of `host`, the narrowest pattern first for each field.
-pub(super) fn of(tables: &BTreeMap<String, HostSettings>, host: &str) -> HostSettings {
+pub(in crate::git) fn of(tables: &BTreeMap<String, HostSettings>, host: &str) -> HostSettings {
     let mut fitting: Vec<_> = tables.iter().filter(|(pattern, _)| fits(host, pattern)).collect();
     // The host itself, then the longest tail, then everything.
     fitting.sort_by_key(|(pattern, _)| (pattern.starts_with('*'), std::cmp::Reverse(pattern.len())));

@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, ToSocketAddrs},
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
     time::Duration,
 };
 
@@ -19,9 +19,11 @@ use ureq::{
     },
 };
 
+use super::Request;
 use crate::{
     failure::{ErrorClass, Failure},
-    git::policy::Policy,
+    git::{policy::Policy, settings::Proxy},
+    protocol::{GitUrl, Scheme},
 };
 
 /// How long one address may take to answer a connection attempt.
@@ -53,6 +55,72 @@ pub(super) fn lookup(host: &str, port: u16, policy: &Policy, resolve: &Resolve) 
         return Err(unresolved("it has no address"));
     }
     Ok(addresses.into_iter().take(TRIED).collect())
+}
+
+/// How an upstream is reached.
+#[derive(Debug)]
+pub(super) enum Route<'a> {
+    /// At these addresses, all of them judged.
+    Direct(Vec<SocketAddr>),
+    /// Through the proxy at this address, which resolves names itself.
+    Proxy(&'a str),
+}
+
+impl<'a> Route<'a> {
+    /// The one that `request` takes to `url`.
+    ///
+    /// # Errors
+    /// As [`lookup`].
+    pub(super) fn of(request: &'a Request, url: &GitUrl, resolve: &Resolve) -> Result<Self, Failure> {
+        Self::to(url, &request.policy, request.proxy.as_ref(), resolve)
+    }
+
+    /// The one to `url`, through `proxy` where there is one.
+    ///
+    /// # Errors
+    /// As [`lookup`].
+    pub(super) fn to(
+        url: &GitUrl,
+        policy: &Policy,
+        proxy: Option<&'a Proxy>,
+        resolve: &Resolve,
+    ) -> Result<Self, Failure> {
+        match proxy.and_then(Proxy::address) {
+            Some(proxy) => policy.allow_unresolved(url.host()).map(|()| Self::Proxy(proxy)),
+            None => lookup(url.host(), url.port(), policy, resolve).map(Self::Direct),
+        }
+    }
+
+    /// The one address that an ssh client is given.
+    ///
+    /// # Errors
+    /// `forbidden` where the host has a proxy.
+    pub(super) fn for_ssh(self, url: &GitUrl) -> Result<IpAddr, Failure> {
+        match self {
+            // A lookup without an address is a failure.
+            Self::Direct(addresses) => Ok(addresses[0].ip()),
+            Self::Proxy(_) => Err(Failure::forbidden(format!(
+                "the host {} is reached through a proxy, which takes no ssh; use https",
+                url.host()
+            ))),
+        }
+    }
+
+    /// Refuses to send a login in the clear to anybody but this machine itself.
+    ///
+    /// # Errors
+    /// `forbidden`.
+    pub(super) fn takes_login(&self, url: &GitUrl) -> Result<(), Failure> {
+        let stays_here = match self {
+            Self::Direct(addresses) => addresses.iter().all(|address| Policy::is_loopback(address.ip())),
+            Self::Proxy(_) => false,
+        };
+        if url.scheme() != Scheme::Http || stays_here {
+            return Ok(());
+        }
+        let message = format!("a credential is not sent to {} without encryption; use https", url.host());
+        Err(Failure::forbidden(message))
+    }
 }
 
 /// Where our HTTP client connects to.

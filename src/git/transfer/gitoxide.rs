@@ -23,14 +23,14 @@ use gix_transport::{Service, client::blocking_io::Transport as Carrier};
 use super::{Received, Transport, bare::Bare, budget::Budget, early, meter::Meter, verdict::Verdict};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::mirror::Listing,
+    git::{mirror::Listing, room::refused},
     protocol::printable,
 };
 
 /// The most refs taken from an upstream.
 const MOST_REFS: usize = 100_000;
 /// The most bytes that a listing may have.
-const LONGEST_LISTING: u64 = 64 << 20;
+pub(super) const LONGEST_LISTING: u64 = 64 << 20;
 
 /// What bounds a conversation.
 pub(super) struct Bounds {
@@ -97,7 +97,7 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
         }
         let text = printable(&text);
         let io = error.iter_errors().find_map(|error| error.downcast_ref::<std::io::Error>());
-        if let Some(failure) = io.and_then(of_the_disk) {
+        if let (Stage::Receiving, Some(failure)) = (stage, io.and_then(of_the_disk)) {
             return failure;
         }
         let broken = io.is_some_and(|error| {
@@ -125,10 +125,11 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
     }
 }
 
-/// A failure for an error that the disk gave.
+/// A failure for an error that the disk gave. Where the engine adds a path to it only the kind and the words are left.
 fn of_the_disk(error: &std::io::Error) -> Option<Failure> {
-    let again = std::io::Error::from_raw_os_error(error.raw_os_error()?);
-    Some(Failure::from(again)).filter(|failure| failure.class == ErrorClass::Disk)
+    let text = printable(&error.to_string());
+    let disk = refused(&text) || Failure::from(std::io::Error::from(error.kind())).class == ErrorClass::Disk;
+    disk.then(|| Failure::new(ErrorClass::Disk, format!("the pack cannot be written: {text}")))
 }
 
 impl<C: Carrier> Transport for Gitoxide<'_, C> {
@@ -187,7 +188,13 @@ impl<C: Carrier> Gitoxide<'_, C> {
             })
             .map_err(Error::from_error)??;
             objects = u64::from(written.index.num_objects);
-            keep(&written).map_err(Error::from_error)?;
+            keep(&written).map_err(|error| {
+                // What may not be on the disk is not to be found there later.
+                for path in written.index_path.iter().chain(&written.data_path).chain(&written.keep_path) {
+                    let _ = std::fs::remove_file(path);
+                }
+                Error::from_error(error)
+            })?;
             Ok(true)
         };
         protocol::fetch(&mut negotiate, consume, self.meter.hand(), &AtomicBool::new(false), context, options)?;
@@ -279,7 +286,7 @@ impl Negotiate for Negotiation<'_> {
 }
 
 /// What the upstream's refs are, less what is no branch or tag or has a name that git itself would refuse.
-fn listing(refs: Vec<Ref>) -> Result<Listing, Failure> {
+pub(super) fn listing(refs: Vec<Ref>) -> Result<Listing, Failure> {
     let mut listing = Listing::default();
     for reference in refs {
         let (name, target, oid, peeled) = match reference {

@@ -3,6 +3,7 @@
 use std::{
     any::Any,
     io::{self, BufRead, BufReader, Cursor, Read, Write},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -19,14 +20,14 @@ use ureq::{
 
 use super::{
     Request,
-    address::{self, Addresses, Resolve},
+    address::{self, Addresses, Resolve, Route},
     budget::Budget,
     status,
     verdict::Verdict,
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{credential::Login, policy::Policy, settings::Proxy as ProxySetting},
+    git::credential::Login,
     protocol::{GitUrl, Scheme},
 };
 
@@ -55,42 +56,14 @@ impl Client {
         verdict: Verdict,
         budget: Budget,
     ) -> Result<Self, Failure> {
-        let (proxy, addresses) = match request.proxy.as_ref().and_then(ProxySetting::address) {
-            Some(proxy) => {
-                request.policy.allow_unresolved(url.host())?;
-                // Its own words would repeat the address, which may hold a password.
-                let proxy = Proxy::new(proxy).map_err(|_| Failure::internal("the proxy's address cannot be read"))?;
-                (Some(proxy), Addresses::Proxy)
-            }
-            None => (None, Addresses::Pinned(address::lookup(url.host(), url.port(), &request.policy, resolve)?)),
-        };
-        let stays_here = match &addresses {
-            Addresses::Pinned(addresses) => addresses.iter().all(|address| Policy::is_loopback(address.ip())),
-            Addresses::Proxy => false,
-        };
-        if url.scheme() == Scheme::Http && login.is_some() && !stays_here {
-            return Err(Failure::forbidden(format!(
-                "a credential is not sent to {} without encryption; use https",
-                url.host()
-            )));
+        let route = Route::of(request, url, resolve)?;
+        if login.is_some() {
+            route.takes_login(url)?;
         }
-        let mut tls = TlsConfig::builder()
-            .provider(TlsProvider::Rustls)
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
-        if url.scheme() == Scheme::Https {
-            tls = tls.root_certs(authorities(request.ca_file.as_deref())?);
-        }
-        let config = Agent::config_builder()
-            .tls_config(tls.build())
-            .proxy(proxy)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .timeout_connect(Some(address::CONNECT))
-            .build();
+        let agent = agent(url, route, request.ca_file.as_deref())?;
         Ok(Self {
             link: Arc::new(Link {
-                agent: Agent::with_parts(config, DefaultConnector::default(), addresses),
+                agent,
                 host: url.host().to_owned(),
                 authorization: login.map(Login::basic),
                 verdict,
@@ -100,8 +73,35 @@ impl Client {
     }
 }
 
+/// A client for the scheme, host and port of `url`, which is reached by `route`.
+pub(super) fn agent(url: &GitUrl, route: Route<'_>, ca_file: Option<&Path>) -> Result<Agent, Failure> {
+    let (proxy, addresses) = match route {
+        Route::Proxy(proxy) => {
+            // Its own words would repeat the address, which may hold a password.
+            let proxy = Proxy::new(proxy).map_err(|_| Failure::internal("the proxy's address cannot be read"))?;
+            (Some(proxy), Addresses::Proxy)
+        }
+        Route::Direct(addresses) => (None, Addresses::Pinned(addresses)),
+    };
+    let mut tls = TlsConfig::builder()
+        .provider(TlsProvider::Rustls)
+        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
+    if url.scheme() == Scheme::Https {
+        tls = tls.root_certs(authorities(ca_file)?);
+    }
+    let config = Agent::config_builder()
+        .tls_config(tls.build())
+        .proxy(proxy)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .timeout_connect(Some(address::CONNECT))
+        .build();
+    Ok(Agent::with_parts(config, DefaultConnector::default(), addresses))
+}
+
 /// The certificate authorities to trust: those of `file`, else the system's.
-fn authorities(file: Option<&std::path::Path>) -> Result<RootCerts, Failure> {
+fn authorities(file: Option<&Path>) -> Result<RootCerts, Failure> {
     let Some(file) = file else {
         let found = rustls_native_certs::load_native_certs();
         if found.certs.is_empty() {

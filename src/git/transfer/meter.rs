@@ -14,11 +14,11 @@ use gix::progress::{Count, Id, MessageLevel, NestedProgress, Step, StepShared, U
 use crate::{git::child::Reporter, protocol::Progress};
 
 /// The engine's name for the counter of bytes of the pack.
-const PACK_BYTES: Id = *b"BWRB";
+pub(super) const PACK_BYTES: Id = *b"BWRB";
 /// Its name for that of objects received.
-const INDEXED_OBJECTS: Id = *b"IWIO";
+pub(super) const INDEXED_OBJECTS: Id = *b"IWIO";
 /// Its name for that of objects whose deltas were resolved.
-const RESOLVED_OBJECTS: Id = *b"IWRO";
+pub(super) const RESOLVED_OBJECTS: Id = *b"IWRO";
 /// Its name for that of bytes of the index written.
 const INDEX_BYTES: Id = *b"IWBW";
 /// Ours for what was read from the upstream, listings and answers included.
@@ -66,7 +66,6 @@ impl Meter {
     }
 
     /// A counter of steps that the node makes by itself: each is a sign of life.
-    #[expect(dead_code, reason = "for transports whose work is done by another program")]
     pub(super) fn moved(&self) -> StepShared {
         self.add(String::new(), MOVED).counter.count
     }

@@ -94,6 +94,12 @@ impl Program {
         Ok(Self { name: "ssh", arguments, path: url.path() })
     }
 
+    /// The options alone, without host and command.
+    pub(super) fn options(&self) -> &[OsString] {
+        let end = self.arguments.iter().position(|argument| argument == "--").unwrap_or(self.arguments.len());
+        &self.arguments[..end]
+    }
+
     /// `git upload-pack` for a repository on this machine.
     ///
     /// # Errors

@@ -117,7 +117,7 @@ fn remove(root: &Dir, change: &Change) -> Result<(), Failure> {
     match unlinkat(dir, OsStr::from_bytes(name), flags) {
         // A submodule that holds something stays where it is.
         Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::NOTDIR) => {}
-        Err(error) => return Err(std::io::Error::from(error).into()),
+        Err(error) => return Err(refused(&change.path, error)),
     }
     prune(root, parent);
     Ok(())
@@ -147,7 +147,9 @@ fn put(root: &Dir, stage: &Stage, change: &Change, side: Side) -> Result<(), Fai
     let found = plan::find(root, &change.path)?;
     if side.is_submodule() {
         return match found {
-            Found::Nothing => Ok(mkdirat(dir, name, Mode::from_raw_mode(0o755)).map_err(std::io::Error::from)?),
+            Found::Nothing => {
+                mkdirat(dir, name, Mode::from_raw_mode(0o755)).map_err(|error| refused(&change.path, error))
+            }
             Found::Directory => Ok(()),
             _ => Err(raced(&change.path)),
         };
@@ -159,8 +161,7 @@ fn put(root: &Dir, stage: &Stage, change: &Change, side: Side) -> Result<(), Fai
         return Err(raced(&change.path));
     }
     let waiting = parent.map(|parent| stage.0.child(OsStr::from_bytes(parent))).transpose()?;
-    renameat(waiting.as_ref().unwrap_or(&stage.0), name, dir, name).map_err(std::io::Error::from)?;
-    Ok(())
+    renameat(waiting.as_ref().unwrap_or(&stage.0), name, dir, name).map_err(|error| refused(&change.path, error))
 }
 
 /// Opens the directory at `path`, making what is missing of it.
@@ -170,11 +171,19 @@ fn make_way(root: &Dir, path: &[u8]) -> Result<Dir, Failure> {
         let name = OsStr::from_bytes(name);
         match mkdirat(&at, name, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(std::io::Error::from(error).into()),
+            Err(error) => return Err(refused(path, error)),
         }
         at = at.child(name).map_err(|_| raced(path))?;
     }
     Ok(at)
+}
+
+/// What an error at one path means: rights that are missing there are its user's doing.
+fn refused(path: &[u8], error: Errno) -> Failure {
+    if matches!(error, Errno::ACCESS | Errno::PERM) {
+        return altered(format!("{} cannot be written: {error}", String::from_utf8_lossy(path)));
+    }
+    std::io::Error::from(error).into()
 }
 
 fn raced(path: &[u8]) -> Failure {

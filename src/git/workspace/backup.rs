@@ -114,7 +114,7 @@ pub(super) fn clear(root: &Dir, changes: &mut [Change], saved: Vec<Saved>) -> Re
             changes[at].also.push(file.side);
             continue;
         }
-        let judged = Change { path: file.path, old: Some(file.side), new: None, also: Vec::new() };
+        let judged = Change { path: file.path, old: Some(file.side), new: None, also: Vec::new(), lfs: Vec::new() };
         if !plan::is_clean(root, &judged)? {
             let shown = String::from_utf8_lossy(&judged.path).into_owned();
             return Err(altered(format!("{shown} changed while it was saved")));

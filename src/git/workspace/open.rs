@@ -7,7 +7,7 @@ use git2::{ConfigLevel, ErrorCode, Repository, RepositoryOpenFlags};
 use super::guard::{self, altered};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{child::Reporter, projects::Dir},
+    git::{child::Reporter, projects::Dir, room},
 };
 
 /// Opens the project in `directory`, which was checked by the guard first.
@@ -42,9 +42,8 @@ pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, F
 /// What an error of the library on a user's repository means.
 pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
     let message = error.message();
-    let full = ["No space left", "quota exceeded", "Read-only file system"].iter().any(|text| message.contains(text));
     match error.code() {
-        _ if full => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
+        _ if room::refused(message) => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
         ErrorCode::Owner => Failure::forbidden(format!(
             "{what}: it belongs to another user than the one who works in it; set git.run_as to its owner and clone it anew"
         )),

@@ -3,7 +3,8 @@
 use std::{
     collections::{BTreeMap, HashSet},
     ffi::OsStr,
-    io::{self, Read},
+    fs::File,
+    io::{self, Read, Write as _},
     os::unix::ffi::OsStrExt,
 };
 
@@ -12,12 +13,13 @@ use gix::objs::tree::EntryKind;
 use rustix::fs::{FileType, OFlags};
 
 use super::{
+    lfs,
     open::fault,
     walk::{self, Budget},
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{child::Reporter, projects::Dir},
+    git::{child::Reporter, pointer::Pointer, projects::Dir},
 };
 
 /// One side of a change.
@@ -40,6 +42,8 @@ pub(super) struct Change {
     pub(super) new: Option<Side>,
     /// Other contents that are not the user's, or were saved: what a filter makes of either side.
     pub(super) also: Vec<Side>,
+    /// Either side as an LFS pointer, and whether it may be executed: what it points to is not the user's either.
+    pub(super) lfs: Vec<(Pointer, bool)>,
 }
 
 /// The mode of a submodule.
@@ -115,7 +119,7 @@ pub(super) fn changes(
                 bytes += length as u64;
             }
         }
-        all.push(Change { path, old, new, also: Vec::new() });
+        all.push(Change { path, old, new, also: Vec::new(), lfs: Vec::new() });
         if all.len() as u64 > budget.files || bytes > budget.bytes {
             let message = "the pull would write more than git.max_files or git.max_bytes allow";
             return Err(Failure::new(ErrorClass::Quota, message));
@@ -194,7 +198,7 @@ fn blocked(root: &Dir, change: &Change, leaving: &HashSet<&[u8]>) -> Result<Opti
 /// Whether what stands at the path of `change` is not the user's own.
 pub(super) fn is_clean(root: &Dir, change: &Change) -> Result<bool, Failure> {
     let found = find(root, &change.path)?;
-    if found == Found::Nothing {
+    if found == Found::Nothing || lfs::is_fetched(root, change, &found)? {
         return Ok(true);
     }
     for side in [change.old, change.new].into_iter().flatten().chain(change.also.iter().copied()) {
@@ -228,21 +232,20 @@ fn holds_only(root: &Dir, path: &[u8], judged: &HashSet<&[u8]>) -> Result<bool, 
 
 /// Whether what was found is `side`, byte for byte.
 fn equals(root: &Dir, path: &[u8], found: &Found, side: Side) -> Result<bool, Failure> {
-    let content = match found {
-        Found::Link(target) if side.is_link() => target.clone(),
+    let id = match found {
+        Found::Link(target) if side.is_link() => Oid::hash_object(ObjectType::Blob, target),
         Found::Directory => return Ok(side.is_submodule()),
         Found::File { executable, .. } if !side.is_link() && !side.is_submodule() => {
             if *executable != (side.mode & 0o100 != 0) {
                 return Ok(false);
             }
-            match read(root, path)? {
-                Some(content) => content,
+            match blob(root, path)? {
+                Some(id) => Ok(id),
                 None => return Ok(false),
             }
         }
         _ => return Ok(false),
     };
-    let id = Oid::hash_object(ObjectType::Blob, &content);
     Ok(id.map_err(|error| Failure::internal(error.to_string()))? == side.id)
 }
 
@@ -281,10 +284,29 @@ pub(super) fn enter(root: &Dir, path: &[u8]) -> Result<Option<Dir>, Failure> {
     }
 }
 
+/// The id that the content of a regular file has as a blob, whatever its length; `None` where it is none by now.
+fn blob(root: &Dir, path: &[u8]) -> Result<Option<Oid>, Failure> {
+    let Some((file, length)) = regular(root, path)? else { return Ok(None) };
+    let mut hash = gix::hash::io::Write::new(io::sink(), gix::hash::Kind::Sha1);
+    write!(hash, "blob {length}\0")?;
+    // One that grows while it is read is not the old one anyway.
+    io::copy(&mut file.take(length + 1), &mut hash)?;
+    let id = hash.hash.try_finalize().map_err(|error| Failure::internal(error.to_string()))?;
+    Ok(Some(Oid::from_bytes(id.as_slice()).map_err(|error| Failure::internal(error.to_string()))?))
+}
+
 /// Reads a regular file whole; `None` where it is none by now.
 pub(super) fn read(root: &Dir, path: &[u8]) -> Result<Option<Vec<u8>>, Failure> {
+    let Some((file, length)) = regular(root, path)? else { return Ok(None) };
+    let mut content = Vec::new();
+    file.take(length + 1).read_to_end(&mut content)?;
+    Ok(Some(content))
+}
+
+/// Opens a regular file and tells its length; `None` where it is none by now.
+fn regular(root: &Dir, path: &[u8]) -> Result<Option<(File, u64)>, Failure> {
     let opened = root.open_file(OsStr::from_bytes(path), OFlags::RDONLY, 0);
-    let mut file = match opened {
+    let file = match opened {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => {
@@ -292,13 +314,7 @@ pub(super) fn read(root: &Dir, path: &[u8]) -> Result<Option<Vec<u8>>, Failure> 
         }
     };
     let length = file.metadata().map_err(Failure::from)?;
-    if !length.is_file() {
-        return Ok(None);
-    }
-    // One that grows while it is read is not the old one anyway.
-    let mut content = Vec::new();
-    file.by_ref().take(length.len() + 1).read_to_end(&mut content)?;
-    Ok(Some(content))
+    Ok(length.is_file().then_some((file, length.len())))
 }
 
 /// The directory and the name of a path.

@@ -18,9 +18,10 @@ use super::{
     apply::{self, Stage},
     backup,
     index::Copied,
+    lfs,
     look::{Head, head},
     open::{fault, open},
-    plan::{self, Change},
+    plan::{self, Change, Side},
     receive,
     waiting::{self, Waiting},
     walk::Budget,
@@ -48,6 +49,8 @@ pub(crate) struct Pull {
     pub(crate) interrupted: Option<(Option<String>, String)>,
     /// Whether what is in the way is kept under a ref and overwritten.
     pub(crate) reset: bool,
+    /// How many bytes of the disk are to stay free.
+    pub(crate) reserve: u64,
     /// For the name of that ref: a time and the task.
     pub(crate) backup: (String, String),
     /// How much may be written.
@@ -65,6 +68,10 @@ pub(crate) struct Pulled {
     pub(crate) updated: bool,
     /// The ref that keeps what was overwritten.
     pub(crate) backup_ref: Option<String>,
+    /// Submodules whose recorded commit changed; they stay as they are.
+    pub(crate) submodules: u64,
+    /// LFS files that changed; their pointers were written.
+    pub(crate) pointers: u64,
 }
 
 /// What the child asks the agent.
@@ -85,12 +92,13 @@ pub(super) fn run(directory: &Dir, order: &Pull, reporter: &Reporter) -> Result<
     waiting::sweep(&repo)?;
     let waiting = Waiting::new(&repo)?;
     if let Some(pack) = order.pack {
-        receive::receive(&repo, &waiting, pack, reporter)?;
+        receive::receive(&repo, &waiting, pack, order.reserve, reporter)?;
     }
     if repo.state() != RepositoryState::Clean {
         return Err(Failure::conflict("a merge, rebase or the like is under way in the project; finish or abort it"));
     }
-    let mut work = Work { repo: &repo, root: directory, waiting: &waiting, order, reporter, backup_ref: None };
+    let mut work =
+        Work { repo: &repo, root: directory, waiting: &waiting, order, reporter, backup_ref: None, left: (0, 0) };
     work.announce()?;
     let before = head(&repo)?;
     match work.advance(&before) {
@@ -114,6 +122,8 @@ pub(super) fn run(directory: &Dir, order: &Pull, reporter: &Reporter) -> Result<
         branch: after.branch,
         head: after.commit.map(|commit| commit.to_string()),
         backup_ref,
+        submodules: work.left.0,
+        pointers: work.left.1,
     })
 }
 
@@ -125,6 +135,8 @@ struct Work<'a> {
     order: &'a Pull,
     reporter: &'a Reporter,
     backup_ref: Option<String>,
+    /// Submodules and LFS files that are left to the user.
+    left: (u64, u64),
 }
 
 impl Work<'_> {
@@ -200,6 +212,8 @@ impl Work<'_> {
         let paths: Vec<Vec<u8>> = changes.iter().filter(written).map(|change| change.path.clone()).collect();
         let paths: Vec<&[u8]> = paths.iter().map(Vec::as_slice).collect();
         let stage = Stage::new(self.repo, self.waiting, new_tree.id(), &paths)?;
+        // A device that fails is to fail before anything of the project is exchanged for what it may have lost.
+        rustix::fs::syncfs(self.root).map_err(std::io::Error::from)?;
         self.reporter.step();
         let mut way = plan::in_the_way(self.root, &copied.index, &changes, self.reporter)?;
         if !way.is_empty() {
@@ -224,12 +238,16 @@ impl Work<'_> {
         if !way.is_empty() {
             self.keep_files(old, saved, &mut copied.index, &mut changes)?;
         }
+        let submodule = |side: Option<Side>| side.is_some_and(Side::is_submodule);
+        let modules = changes.iter().filter(|change| submodule(change.old) || submodule(change.new)).count();
+        let left = (modules as u64, lfs::brought(self.repo, &self.waiting.git, &changes)?);
         apply::apply(self.root, &stage, &changes, self.reporter)?;
+        self.left = (self.left.0 + left.0, self.left.1 + left.1);
         copied.put(self.waiting, self.root, &changes)?;
         self.point(branch, old, new)
     }
 
-    /// What a filter makes of either side is not the user's own.
+    /// What a filter makes of either side, or what an LFS pointer points to, is not the user's own.
     fn allow_filtered<'p>(
         &self,
         stage: &Stage,
@@ -243,6 +261,7 @@ impl Work<'_> {
                 judged.push(at);
             }
         }
+        lfs::allow_fetched(self.repo, changes, judged.iter().copied())?;
         let before: Vec<Vec<u8>> =
             judged.iter().filter(|at| changes[**at].old.is_some()).map(|at| changes[*at].path.clone()).collect();
         let before: Vec<&[u8]> = before.iter().map(Vec::as_slice).collect();
@@ -327,11 +346,12 @@ impl Work<'_> {
                 continue;
             }
             let written = self.repo.reference(name, id, !tag, "pull: from upstream");
-            // A name that became the directory of another, or the reverse, waits for the user's own prune.
-            if let Err(error) = written
-                && main.as_ref() == Some(name)
-            {
-                return Err(fault("a remote-tracking ref cannot be written", &error));
+            if let Err(error) = written {
+                let failure = fault("a remote-tracking ref cannot be written", &error);
+                // A name that became the directory of another, or the reverse, waits for the user's own prune.
+                if main.as_ref() == Some(name) || failure.class == ErrorClass::Disk {
+                    return Err(failure);
+                }
             }
         }
         Ok(())

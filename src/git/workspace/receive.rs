@@ -13,7 +13,10 @@ use git2::{Indexer, ObjectType, Oid, Repository, Sort};
 use super::{guard::altered, open::fault, waiting::Waiting};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::child::{Reporter, inherited},
+    git::{
+        child::{Reporter, inherited},
+        room,
+    },
     protocol::Progress,
 };
 
@@ -22,11 +25,18 @@ const CHUNK: usize = 128 << 10;
 /// How long nothing may come before the agent is told that it is not our fault: whoever sends has a limit of its own.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// Indexes the pack that comes through descriptor `number`; the objects of `repo` complete it.
+/// Indexes the pack that comes through descriptor `number`; the objects of `repo` complete it. Of the disk `reserve`
+/// bytes stay free.
 ///
 /// # Errors
 /// `corrupt` where it is cut or wrong.
-pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn receive(
+    repo: &Repository,
+    waiting: &Waiting,
+    number: i32,
+    reserve: u64,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
     let mut pipe = inherited(number)?;
     let (sender, chunks) = sync_channel::<std::io::Result<Vec<u8>>>(4);
     std::thread::spawn(move || {
@@ -79,6 +89,7 @@ pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporte
     });
     let mut chunk = head;
     while !chunk.is_empty() {
+        room::room(&place, "projects", chunk.len() as u64, reserve)?;
         if writer.write_all(&chunk).is_err() {
             return Err(write_fault());
         }
@@ -104,7 +115,7 @@ fn cut() -> Failure {
 /// The writer of packs says nothing of its own errors but through the library's last one.
 fn write_fault() -> Failure {
     match git2::Error::last_error(-1) {
-        error if error.message().contains("No space left") => {
+        error if room::refused(error.message()) => {
             Failure::new(ErrorClass::Disk, format!("a pack cannot be written: {}", error.message()))
         }
         error => Failure::internal(format!("a pack cannot be written: {}", error.message())),

@@ -100,7 +100,7 @@ pub(super) fn walk(repo: &Repository, tree: ObjectId, budget: Budget, reporter: 
 ///
 /// # Errors
 /// Why not.
-pub(super) fn check_name(name: &[u8], kind: EntryKind) -> Result<(), &'static str> {
+pub(in crate::git) fn check_name(name: &[u8], kind: EntryKind) -> Result<(), &'static str> {
     if name.len() > 255 {
         return Err("is longer than a file system takes");
     }

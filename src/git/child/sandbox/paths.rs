@@ -89,7 +89,8 @@ impl Paths {
             paths = paths.with(path, read, true)?;
         }
         for path in &access.writes {
-            paths = paths.with(path, work, false)?;
+            // Nothing in a mirror is a link.
+            paths = paths.with(path, work & !BitFlags::from(AccessFs::MakeSym), false)?;
         }
         if let Some(number) = access.directory {
             let own = descriptors::borrow(number, OwnedFd::try_clone);
