@@ -33,6 +33,11 @@ impl Writing {
         self.0.extend(writer.ok());
     }
 
+    /// Takes those of another copy over.
+    pub(super) fn join(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
     /// Waits until the disk has them.
     pub(super) fn finish(&mut self) -> io::Result<()> {
         let ended = |writer: JoinHandle<io::Result<()>>| {

@@ -45,8 +45,13 @@ impl Staging {
         give(&git, self.owner)?;
         give(&objects, self.owner)?;
         let writing = objects::copy(mirror, &objects, self.owner, moved)?;
-        *self.writing.lock().unwrap_or_else(PoisonError::into_inner) = writing;
+        self.await_later(writing);
         Ok(())
+    }
+
+    /// Leaves what is on its way to the disk to [`flush`](Self::flush).
+    pub(super) fn await_later(&self, writing: objects::Writing) {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner).join(writing);
     }
 
     /// Writes everything of it to the disk, once for all its files.
