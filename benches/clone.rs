@@ -140,7 +140,7 @@ async fn main() {
         let mut head = format!("# Measured\n\n{}\n", machine(&world));
         head.push_str("Repositories:\n\n");
         for (name, facts) in described {
-            head.push_str(&format!("- {name}: {facts}\n"));
+            head.extend(["- ", &name, ": ", &facts, "\n"]);
         }
         world.report.write(&out, &head).expect("the results can be written");
         println!("\nwritten to {}", out.display());
@@ -165,7 +165,7 @@ fn machine(world: &World) -> String {
         load.split_whitespace().take(3).collect::<Vec<_>>().join(" "),
     );
     for place in &world.places {
-        text.push_str(&format!("- {place}\n"));
+        text.extend(["- ", place, "\n"]);
     }
     text
 }

@@ -99,7 +99,7 @@ fn write(shape: &Shape, out: &mut impl Write) -> std::io::Result<()> {
         data(out, &message)?;
         if commit == 0 {
             for (path, file) in paths.iter().zip(&files) {
-                write!(out, "M 100644 inline {path}\n")?;
+                writeln!(out, "M 100644 inline {path}")?;
                 data(out, file)?;
             }
         } else {
@@ -107,7 +107,7 @@ fn write(shape: &Shape, out: &mut impl Write) -> std::io::Result<()> {
                 let chosen = text.uneven(shape.files);
                 let room = (shape.file_bytes * 3 / 2).saturating_sub(files[chosen].len());
                 change(&mut files[chosen], shape.hunk, room, &mut text);
-                write!(out, "M 100644 inline {}\n", paths[chosen])?;
+                writeln!(out, "M 100644 inline {}", paths[chosen])?;
                 data(out, &files[chosen])?;
             }
         }

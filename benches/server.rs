@@ -146,7 +146,7 @@ impl Shared {
                 "" => break,
                 line => match line.strip_prefix("Status: ") {
                     Some(text) => text.clone_into(&mut status),
-                    None => answer.push_str(&format!("{line}\r\n")),
+                    None => answer.extend([line, "\r\n"]),
                 },
             }
         }
