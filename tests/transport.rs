@@ -400,7 +400,6 @@ async fn a_credential_opens_the_upstream_and_appears_nowhere(engine: Engine) {
 async fn each_answer_has_its_class(engine: Engine) {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new(engine).await;
     // The command does not tell what the upstream wishes besides its status.
     let told = |seconds: u64| (engine == Engine::Gix).then_some(Duration::from_secs(seconds));
     let unavailable = if engine == Engine::Gix { ErrorClass::Throttled } else { ErrorClass::Network };
@@ -415,12 +414,14 @@ async fn each_answer_has_its_class(engine: Engine) {
         (Behaviour::status(200), ErrorClass::NotFound, None),
     ] {
         server.behave(behaviour.clone());
+        // One that has not been asked to wait.
+        let node = Node::new(engine).await;
         let failure = node.fetch(&server.url("app.git")).await.unwrap_err();
         assert_eq!(failure.class, class, "{behaviour:?}: {failure}");
         assert_eq!(failure.retry_after, wait, "{behaviour:?}");
     }
     server.behave(Behaviour::Serve);
-    let failure = node.fetch(&server.url("absent.git")).await.unwrap_err();
+    let failure = Node::new(engine).await.fetch(&server.url("absent.git")).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::NotFound, "{failure}");
 }
 

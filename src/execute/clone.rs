@@ -4,7 +4,10 @@
 //! is several times as fast as picking objects out of them. A clone of a single branch is therefore narrow in what it
 //! fetches and tracks, and as large as its mirror where other projects made that hold more.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use jiff::Timestamp;
 
@@ -32,7 +35,19 @@ pub(super) async fn execute(
     };
     match site {
         Site::There(binding, dir) => already_there(git, job, work, *binding, dir.handle()?, run).await,
-        Site::Free => anew(git, job, work, run).await,
+        Site::Free => {
+            let begun = SystemTime::now();
+            match anew(git, job, work, run).await {
+                // Nobody but the agent writes where a project is made: what cannot be read there is the mirror's.
+                Err(failure)
+                    if failure.class == ErrorClass::Corrupt
+                        && git.mirrors.mend(&work.url, work.credential.as_ref(), &failure, begun, run).await? =>
+                {
+                    anew(git, job, work, run).await
+                }
+                ended => ended,
+            }
+        }
     }
 }
 

@@ -3,7 +3,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     os::fd::OwnedFd,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
 };
 
 use jiff::Timestamp;
@@ -28,6 +29,28 @@ pub(super) async fn execute(
     job: &Job,
     work: &PullTask,
     run: &Run<'_>,
+) -> Result<TaskResult, Failure> {
+    let (begun, damage) = (SystemTime::now(), Damage::default());
+    let ended = once(git, job, work, run, &damage).await;
+    let Some((binding, failure)) = damage.0.into_inner().unwrap_or_else(PoisonError::into_inner) else { return ended };
+    let (url, credential) = upstream(work, &binding)?;
+    if git.mirrors.mend(&url, credential.as_ref(), &failure, begun, run).await? {
+        return once(git, job, work, run, &Damage::default()).await;
+    }
+    ended
+}
+
+/// The project whose mirror could not be read, and how that was told. What cannot be read in the project itself is no
+/// reason to fetch anything again.
+#[derive(Default)]
+struct Damage(Mutex<Option<(Binding, Failure)>>);
+
+async fn once(
+    git: &GitExecutor,
+    job: &Job,
+    work: &PullTask,
+    run: &Run<'_>,
+    damage: &Damage,
 ) -> Result<TaskResult, Failure> {
     same_target(git, job.task.project, work.target.as_ref())?;
     let (binding, dir) = status::project(git, job.task.project).await?;
@@ -60,7 +83,7 @@ pub(super) async fn execute(
             backup: (Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string(), job.task.id.as_str().to_owned()),
             budget: git.budget(),
         };
-        bring(git, &binding, &dir, &fetched, &looked, order, run).await?
+        bring(git, &binding, &dir, &fetched, &looked, order, damage, run).await?
     };
     settle(git, job, &binding, run, pulled.updated).await?;
     Ok(TaskResult {
@@ -86,13 +109,8 @@ async fn fetch(
     looked: &Looked,
     run: &Run<'_>,
 ) -> Result<(Fetched, Option<String>), Failure> {
-    let url = GitUrl::parse(&binding.url)?;
+    let (url, credential) = upstream(work, binding)?;
     git.mirrors.allow(&url)?;
-    let credential = match (&work.credential, &binding.credential) {
-        (Some(name), _) => Some(name.clone()),
-        (None, Some(name)) => Some(CredentialName::new(name.as_str())?),
-        (None, None) => None,
-    };
     let want = match (&binding.follows, binding.single_branch) {
         (Follows::Branch(name), true) => Want::Branch(name.clone()),
         _ => Want::All,
@@ -106,6 +124,16 @@ async fn fetch(
         return Err(Failure::new(ErrorClass::NotFound, message));
     }
     Ok((fetched, tip))
+}
+
+/// Where a project comes from, and what this task shows there.
+fn upstream(work: &PullTask, binding: &Binding) -> Result<(GitUrl, Option<CredentialName>), Failure> {
+    let credential = match (&work.credential, &binding.credential) {
+        (Some(name), _) => Some(name.clone()),
+        (None, Some(name)) => Some(CredentialName::new(name.as_str())?),
+        (None, None) => None,
+    };
+    Ok((GitUrl::parse(&binding.url)?, credential))
 }
 
 /// The branch that a project follows.
@@ -145,6 +173,7 @@ fn up_to_date(binding: &Binding, looked: &Looked, tip: Option<&str>, refs: &BTre
 }
 
 /// Streams what is missing and lets the workspace child take it in.
+#[expect(clippy::too_many_arguments, reason = "all that one pull is about")]
 async fn bring(
     git: &GitExecutor,
     binding: &Binding,
@@ -152,6 +181,7 @@ async fn bring(
     fetched: &Fetched,
     looked: &Looked,
     order: Pull,
+    damage: &Damage,
     run: &Run<'_>,
 ) -> Result<Pulled, Failure> {
     let have: BTreeSet<&String> = looked.head.iter().chain(looked.refs.values()).collect();
@@ -173,7 +203,15 @@ async fn bring(
     }
     let (reader, writer) = std::io::pipe()?;
     let pull = workspace::pull(&children, dir.handle()?, Some(OwnedFd::from(reader)), order, run, note);
-    let pack = pack::stream(&git.children, &fetched.path, &wants, &haves, OwnedFd::from(writer), run);
+    let pack = async {
+        let packed = pack::stream(&git.children, &fetched.path, &wants, &haves, OwnedFd::from(writer), run).await;
+        if let Err(failure) = packed.as_ref()
+            && failure.class == ErrorClass::Corrupt
+        {
+            *damage.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((binding.clone(), failure.clone()));
+        }
+        packed
+    };
     tokio::pin!(pull, pack);
     tokio::select! {
         pulled = &mut pull => match pulled {

@@ -43,6 +43,8 @@ pub enum Role {
     Pack,
     /// Reads and writes one project.
     Workspace,
+    /// Reads and writes one mirror, without the network; belongs to no task.
+    Upkeep,
 }
 
 impl Role {
@@ -53,6 +55,7 @@ impl Role {
             Self::Transfer => "transfer",
             Self::Pack => "pack",
             Self::Workspace => "workspace",
+            Self::Upkeep => "upkeep",
         }
     }
 
@@ -60,7 +63,7 @@ impl Role {
     const fn longest_line(self) -> usize {
         match self {
             Self::Transfer => 32 << 20,
-            Self::Pack | Self::Workspace => 1 << 20,
+            Self::Pack | Self::Workspace | Self::Upkeep => 1 << 20,
         }
     }
 }
@@ -260,6 +263,10 @@ pub fn main(role: &str) -> ExitCode {
         "workspace" => {
             serve::set_umask(0o022);
             super::workspace::main()
+        }
+        "upkeep" => {
+            serve::set_umask(0o077);
+            super::mirror::main()
         }
         _ => ExitCode::from(2),
     }

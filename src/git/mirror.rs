@@ -1,44 +1,45 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod flight;
 mod lfs;
+mod lock;
+mod packs;
+mod repack;
+mod repair;
 mod upkeep;
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    fmt::Write as _,
-    fs::{File, OpenOptions},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    collections::BTreeMap,
+    fmt::{self, Write as _},
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, Weak},
-    time::{Duration, SystemTime},
+    sync::Arc,
+    time::SystemTime,
 };
 
-use rustix::{
-    fs::{FlockOperation, flock},
-    io::Errno,
-};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use self::{
+    flight::{Desk, Flights, Turn},
+    upkeep::Upkeep,
+};
 use super::{
-    Run,
-    child::{self, Children},
-    credential::CredentialFile,
-    hosts::Hosts,
-    policy::Policy,
-    room::blamed,
-    settings::GitSettings,
-    transfer,
+    Run, child::Children, credential::CredentialFile, hosts::Hosts, policy::Policy, room::blamed,
+    settings::GitSettings, transfer,
 };
 use crate::{
-    failure::Failure,
+    failure::{ErrorClass, Failure},
     protocol::{CredentialName, GitUrl, HostState, Progress, Scheme},
 };
 
-/// How often a lock that somebody holds is tried again.
-const LOCK_POLL: Duration = Duration::from_millis(50);
-
-pub(super) use self::upkeep::sweep;
+pub(super) use self::{
+    packs::{damage, names as packs, record},
+    repack::main,
+    upkeep::sweep,
+};
 
 /// What a fetch is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,44 +98,73 @@ pub struct Fetched {
     pub received_bytes: u64,
     /// Whether anything had to be received.
     pub source: Source,
-    /// The shared lock; whoever removes packs takes the exclusive one.
-    _lock: File,
+    _lease: Lease,
 }
 
-/// The mirrors of one storage directory.
+/// The mirrors of one storage directory. Cheap to clone.
+#[derive(Clone)]
 pub struct Mirrors {
     directory: PathBuf,
     settings: GitSettings,
     policy: Policy,
     children: Children,
-    hosts: Hosts,
+    hosts: Arc<Hosts>,
     /// How many bytes of the disk are to stay free.
     reserve: u64,
-    /// One transfer at a time into each mirror.
-    flights: Mutex<HashMap<String, Weak<Flight>>>,
+    /// One writer at a time into each mirror.
+    flights: Arc<Flights>,
+    /// What is done for the mirrors beside the tasks.
+    upkeep: Arc<Upkeep>,
 }
 
-type Flight = tokio::sync::Mutex<()>;
+/// Keeps a mirror as it is. With its end begins the upkeep that its use gave cause for.
+struct Lease {
+    /// The shared lock; whoever takes something out of the mirror needs the exclusive one.
+    lock: Option<File>,
+    mirrors: Mirrors,
+    request: transfer::Request,
+    /// Whether something was received, or may have been left by what died.
+    changed: bool,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.lock = None;
+        if self.changed {
+            self.mirrors.tend(&self.request);
+        }
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease").field("changed", &self.changed).finish_non_exhaustive()
+    }
+}
 
 impl Mirrors {
-    /// Opens `<storage>/.haul/mirrors` and sweeps what killed transfers left.
+    /// Opens `<storage>/.haul/mirrors`, sweeps what killed transfers left, and heeds the budget.
     ///
     /// # Errors
     /// When the directory cannot be made or read.
     pub async fn open(storage: &Path, settings: &GitSettings, children: Children) -> Result<Self, Failure> {
         let directory = storage.join(".haul").join("mirrors");
-        let swept = directory.clone();
-        tokio::task::spawn_blocking(move || upkeep::sweep_all(&swept))
-            .await
-            .map_err(|error| Failure::internal(format!("sweeping the mirrors failed: {error}")))??;
+        let (swept, budget) = (directory.clone(), settings.mirror_budget.as_u64());
+        tokio::task::spawn_blocking(move || {
+            upkeep::sweep_all(&swept)?;
+            upkeep::evict(&swept, budget)
+        })
+        .await
+        .map_err(|error| Failure::internal(format!("sweeping the mirrors failed: {error}")))??;
         Ok(Self {
             directory,
             settings: settings.clone(),
             policy: Policy::from(settings),
             children,
-            hosts: Hosts::new(settings),
+            hosts: Arc::new(Hosts::new(settings)),
             reserve: 0,
-            flights: Mutex::default(),
+            flights: Arc::default(),
+            upkeep: Arc::default(),
         })
     }
 
@@ -156,8 +186,11 @@ impl Mirrors {
     /// Brings the mirror of `url` up to what `want` needs.
     ///
     /// The upstream is asked for its refs each time, with this task's own credential; a pack is asked for only if
-    /// the mirror lacks something. Of several fetches into one mirror one works, the others wait and then ask for
-    /// themselves.
+    /// the mirror lacks something. Of several fetches into one mirror all list at once and one receives; the others
+    /// wait for it, and receive only what is still missing then
+    /// (`fifty_fetches_of_a_cold_upstream_are_fifty_listings_and_one_pack`).
+    ///
+    /// A mirror that turns out to be damaged is put aside and fetched anew, once.
     ///
     /// # Errors
     /// A failure that carries its decision.
@@ -174,41 +207,43 @@ impl Mirrors {
             None => None,
         };
         let key = key(url.as_str(), credential.map(CredentialName::as_str));
-        let path = self.directory.join(format!("{key}.git"));
-        let flight = self.flight(&key);
-        let _turn = child::within(run, None, flight.lock()).await?;
-        let lock_path = self.directory.join(format!("{key}.lock"));
-        let lock = lock_shared(lock_path.clone(), run).await?;
-        make_directory(&path)?;
-        let of_host = self.settings.of_host(url.host());
-        let request = transfer::Request {
-            url: url.as_str().to_owned(),
-            mirror: path.clone(),
-            want: want.clone(),
-            credential: file,
-            policy: self.policy.clone(),
-            ca_file: of_host.ca_file,
-            proxy: of_host.proxy,
-            known_hosts: self.settings.known_hosts.clone(),
-            max_bytes: self.settings.max_bytes.as_u64(),
-            reserve: self.reserve,
-            engine: self.settings.transport,
+        let begun = SystemTime::now();
+        let lock = lock::shared(self.lock_path(&key), run).await;
+        let lock = lock.map_err(|failure| blamed(failure, &[&self.directory]))?;
+        let request = self.request(url, file, want, &key, run);
+        // A transfer that is dropped or fails may leave something to sweep.
+        let mut lease = Lease { lock: Some(lock), mirrors: self.clone(), request, changed: true };
+        let landed = match self.transfer(&key, &lease.request, run).await {
+            (Ok(transfer::Landed::Damaged { damaged }), turn) => {
+                self.replace(&key, &damaged, None, turn, run).await?;
+                self.transfer(&key, &lease.request, run).await.0
+            }
+            (Err(failure), turn) if failure.class == ErrorClass::Corrupt => {
+                match self.replace(&key, &failure.message, Some(begun), turn, run).await? {
+                    true => self.transfer(&key, &lease.request, run).await.0,
+                    false => Err(failure),
+                }
+            }
+            (landed, _) => landed,
         };
-        let answer = self.transfer(url, request, run).await;
-        // Goes only if it is empty.
-        if answer.is_err() && std::fs::remove_dir(&path).is_ok() {
-            // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused
-            // addresses leave no thousand files.
-            let _ = std::fs::remove_file(&lock_path);
-        }
-        let answer = answer?;
+        let answer = match landed {
+            Ok(transfer::Landed::Brought(answer)) => answer,
+            Ok(transfer::Landed::Damaged { damaged }) => {
+                return Err(Failure::new(ErrorClass::Corrupt, format!("a mirror of this node is damaged: {damaged}")));
+            }
+            Err(failure) => {
+                lease.changed = !self.forget_empty(&key, &mut lease.lock);
+                return Err(failure);
+            }
+        };
+        lease.changed = answer.source == Source::Upstream;
         Ok(Fetched {
-            path,
+            path: lease.request.mirror.clone(),
             listing: answer.listing,
             objects: answer.objects,
             received_bytes: answer.received_bytes,
             source: answer.source,
-            _lock: lock,
+            _lease: lease,
         })
     }
 
@@ -218,33 +253,83 @@ impl Mirrors {
         self.hosts.states()
     }
 
-    /// One transfer, with a place at its host.
-    async fn transfer(
+    /// What a transfer child is told.
+    fn request(
         &self,
         url: &GitUrl,
-        request: transfer::Request,
+        credential: Option<CredentialFile>,
+        want: &Want,
+        key: &str,
         run: &Run<'_>,
-    ) -> Result<transfer::Answer, Failure> {
-        let pass = self.hosts.enter(url, run).await?;
+    ) -> transfer::Request {
+        let of_host = self.settings.of_host(url.host());
+        transfer::Request {
+            url: url.as_str().to_owned(),
+            mirror: self.path(key),
+            want: want.clone(),
+            credential,
+            policy: self.policy.clone(),
+            ca_file: of_host.ca_file,
+            proxy: of_host.proxy,
+            reserve: self.reserve,
+            engine: self.settings.transport,
+            known_hosts: self.settings.known_hosts.clone(),
+            max_bytes: self.settings.max_bytes.as_u64(),
+            time_left: run.deadline.saturating_duration_since(tokio::time::Instant::now()),
+        }
+    }
+
+    /// Runs one transfer child; with its answer comes the right to write, if it needed that.
+    async fn transfer(
+        &self,
+        key: &str,
+        request: &transfer::Request,
+        run: &Run<'_>,
+    ) -> (Result<transfer::Landed, Failure>, Option<Turn>) {
+        if let Err(error) = DirBuilder::new().recursive(true).mode(0o700).create(&request.mirror) {
+            return (Err(error.into()), None);
+        }
+        let pass = match GitUrl::parse(&request.url) {
+            Ok(url) => self.hosts.enter(&url, run).await,
+            Err(error) => Err(error.into()),
+        };
+        let pass = match pass {
+            Ok(pass) => pass,
+            Err(failure) => return (Err(failure), None),
+        };
         let progress = |progress: Progress| {
             pass.watch(&progress);
             (run.progress)(progress);
         };
         let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
-        let answer = transfer::run(&self.children, request, self.settings.transport_fallback, &watched).await;
-        pass.settle(answer)
+        let desk = Desk::new(self.flights.of(key), run);
+        let answer = |question| desk.answer(question);
+        let fallback = self.settings.transport_fallback;
+        let landed = transfer::run(&self.children, request.clone(), fallback, &watched, answer).await;
+        (pass.settle(landed), desk.into_turn())
     }
 
-    /// The lock of one mirror within this process.
-    fn flight(&self, key: &str) -> Arc<Flight> {
-        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flight) = flights.get(key).and_then(Weak::upgrade) {
-            return flight;
+    /// Removes the directory of a transfer that came to nothing, and its lock, if nobody else uses them: a thousand
+    /// refused addresses leave nothing behind. Whether it did.
+    fn forget_empty(&self, key: &str, lock: &mut Option<File>) -> bool {
+        let Some(_alone) = lock.take().and_then(lock::alone) else { return false };
+        // Only an empty directory can be removed this way.
+        match fs::remove_dir(self.path(key)) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(_) => return false,
         }
-        flights.retain(|_, flight| flight.strong_count() > 0);
-        let flight = Arc::new(Flight::new(()));
-        flights.insert(key.to_owned(), Arc::downgrade(&flight));
-        flight
+        fs::remove_file(self.lock_path(key)).is_ok()
+    }
+
+    /// Where a mirror is.
+    fn path(&self, key: &str) -> PathBuf {
+        self.directory.join(format!("{key}.git"))
+    }
+
+    /// Where its lock is.
+    fn lock_path(&self, key: &str) -> PathBuf {
+        self.directory.join(format!("{key}.lock"))
     }
 }
 
@@ -259,37 +344,6 @@ pub(super) fn key(url: &str, credential: Option<&str>) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
-}
-
-/// Makes the directory of a mirror: the child that fills it can write nothing beside it.
-fn make_directory(path: &Path) -> std::io::Result<()> {
-    match std::fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        other => other,
-    }
-}
-
-/// Takes the shared lock at `path`, which waits only for the upkeep of the mirror.
-async fn lock_shared(path: PathBuf, run: &Run<'_>) -> Result<File, Failure> {
-    let place = path.parent().map(Path::to_owned).unwrap_or_default();
-    let opened = tokio::task::spawn_blocking(move || -> std::io::Result<File> {
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
-        // Tells when the mirror was last used.
-        file.set_modified(SystemTime::now()).map(|()| file)
-    })
-    .await
-    .map_err(|error| Failure::internal(error.to_string()))?;
-    let file = opened.map_err(|error| blamed(error.into(), &[&place]))?;
-    let taken = async {
-        loop {
-            match flock(&file, FlockOperation::NonBlockingLockShared) {
-                Err(Errno::WOULDBLOCK | Errno::INTR) => tokio::time::sleep(LOCK_POLL).await,
-                other => return other.map_err(std::io::Error::from),
-            }
-        }
-    };
-    child::within(run, None, taken).await??;
-    Ok(file)
 }
 
 #[cfg(test)]

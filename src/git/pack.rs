@@ -78,7 +78,9 @@ fn pack(request: &Request, reporter: &Reporter) -> Result<Packed, Failure> {
     for want in &request.wants {
         let missing = || Failure::new(ErrorClass::NotFound, format!("the mirror has no object {want}"));
         let oid = Oid::from_str(want).map_err(|_| missing())?;
-        let object = repository.find_object(oid, None).map_err(|_| missing())?;
+        let unreadable =
+            |error: git2::Error| if error.code() == ErrorCode::NotFound { missing() } else { damaged(error) };
+        let object = repository.find_object(oid, None).map_err(unreadable)?;
         insert(&object, &mut builder, &mut walk).map_err(damaged)?;
     }
     for have in &request.haves {

@@ -29,6 +29,19 @@ const LEAST_MEMORY: ByteSize = ByteSize::mib(64);
 /// The longest pause that may be set for a host that is down.
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
+/// How mirrors of many packs are made into mirrors of one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Repack {
+    /// By the git of the node; fetched anew where there is none.
+    #[default]
+    Git,
+    /// Fetched anew beside the old one.
+    Fetch,
+    /// Not at all.
+    Off,
+}
+
 /// `[git]`: what is allowed, within which bounds, and how it is done.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -85,6 +98,12 @@ pub struct GitSettings {
     /// Not by default: whoever deletes a project expects its disk back and its content gone from the node. A node that
     /// clones the same upstreams again and again may keep them.
     pub keep_mirrors: bool,
+    /// How many bytes all mirrors together may have before those not used for longest are removed; 0 for no limit.
+    ///
+    /// Projects do not need them: they have their own copies. What goes is the saving of the next fetch.
+    pub mirror_budget: ByteSize,
+    /// How mirrors of many packs are made into mirrors of one.
+    pub repack: Repack,
     /// The most files that a project may have.
     pub max_files: u64,
     /// The most bytes that a project's files may have.
@@ -123,6 +142,8 @@ impl Default for GitSettings {
             ca_file: None,
             known_hosts: None,
             keep_mirrors: false,
+            mirror_budget: ByteSize::gib(50),
+            repack: Repack::default(),
             max_files: 1_000_000,
             max_bytes: ByteSize::gib(20),
             sandbox: Sandbox::Require,

@@ -10,29 +10,34 @@ mod command;
 mod early;
 mod gitoxide;
 mod http;
+mod journey;
 mod lfs;
 mod meter;
+mod milestones;
 mod process;
 mod status;
 mod verdict;
 
 use std::{
     collections::BTreeSet,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use futures_util::future::BoxFuture;
 use gix_transport::{Protocol, client::blocking_io::http::connect_http};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub(super) use self::lfs::{LfsAnswer, LfsRequest};
 use self::{
     address::Route,
-    bare::Bare,
+    bare::{Bare, Found},
     budget::Budget,
     command::GitCommand,
     gitoxide::{Bounds, Gitoxide},
+    journey::Journey,
     meter::Meter,
     process::Program,
     verdict::Verdict,
@@ -55,11 +60,11 @@ use crate::{
 const TICK: Duration = Duration::from_millis(250);
 
 /// What a transfer child is told.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Request {
     /// The upstream.
     pub(super) url: String,
-    /// Where the mirror is or shall be.
+    /// The directory that the mirror is in or shall be in; nothing outside it is written.
     pub(super) mirror: PathBuf,
     /// What for.
     pub(super) want: Want,
@@ -82,6 +87,37 @@ pub(super) struct Request {
     /// What speaks with the upstream.
     #[serde(default)]
     pub(super) engine: Engine,
+    /// How long until the deadline.
+    #[serde(default)]
+    pub(super) time_left: Duration,
+}
+
+/// What a transfer child asks the agent.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Question {
+    /// Something has to be written; may I, as the only one? The answer comes when that is so.
+    Turn,
+}
+
+/// The answer to [`Question::Turn`]; the right lasts as long as the child.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Granted {
+    /// Whether somebody else was writing, so that what was seen before may be different now.
+    pub(super) waited: bool,
+}
+
+/// What became of a transfer.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Landed {
+    /// The mirror has what was asked for.
+    Brought(Answer),
+    /// The mirror cannot be used and is to be put aside.
+    Damaged {
+        /// What is wrong with it.
+        damaged: String,
+    },
 }
 
 impl Confined for Request {
@@ -128,6 +164,12 @@ trait Transport {
 
     /// Receives a pack with `wants` and all that they need, less what the refs of `mirror` lead to, into `mirror`.
     fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure>;
+
+    /// Where the upstream would cut the history of `tip` so that it is `depth` commits deep: the last commits that would
+    /// still be sent, none if that is all of it. `None` where it cannot be asked. The conversation is over after this.
+    fn boundary(&mut self, _tip: &str, _depth: u32) -> Result<Option<BTreeSet<String>>, Failure> {
+        Ok(None)
+    }
 }
 
 /// What a transfer child may be told; the fields of the two have different names.
@@ -152,13 +194,14 @@ impl Confined for Order {
 ///
 /// # Errors
 /// A failure that carries its decision: the second one's, unless it did no better.
-pub(super) async fn run(
+pub(super) async fn run<'a>(
     children: &Children,
     mut request: Request,
     fallback: bool,
     run: &Run<'_>,
-) -> Result<Answer, Failure> {
-    let first = children.run(Role::Transfer, &request, Vec::new(), run).await;
+    answer: impl Fn(Value) -> BoxFuture<'a, Result<Value, Failure>> + Send + Sync,
+) -> Result<Landed, Failure> {
+    let first = children.run_asking(Role::Transfer, &request, Vec::new(), run, &answer).await;
     let own =
         |failure: &Failure| matches!(failure.class, ErrorClass::Corrupt | ErrorClass::Internal) && !failure.deferred;
     let failure = match first {
@@ -169,7 +212,7 @@ pub(super) async fn run(
     };
     tracing::warn!(error = %failure, "a transfer failed in a way that may be ours; the git command tries it again");
     request.engine = Engine::Git;
-    match children.run(Role::Transfer, &request, Vec::new(), run).await {
+    match children.run_asking(Role::Transfer, &request, Vec::new(), run, &answer).await {
         Err(second) if run.cancel.is_cancelled() => Err(second),
         Err(second) if own(&second) => {
             let message = format!("{}; the git command did no better: {}", failure.message, second.message);
@@ -191,13 +234,13 @@ fn value(answer: impl Serialize) -> Result<serde_json::Value, Failure> {
     serde_json::to_value(answer).map_err(|error| Failure::internal(error.to_string()))
 }
 
-fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {
+fn transfer(request: &Request, reporter: &Reporter) -> Result<Landed, Failure> {
     let url = GitUrl::parse(&request.url)?;
     request.policy.allow(&url)?;
     let meter = Meter::default();
     let transferred = meter.reporting(TICK, reporter, || {
-        let mut transport = connect(request, &url, &meter)?;
-        mirrored(&request.mirror, &request.want, transport.as_mut())
+        let connect = || connect(request, &url, &meter);
+        mirrored(request, &Journey { connect: &connect, meter: &meter, reporter, begun: Instant::now() })
     });
     let places = [Some(request.mirror.as_path()), request.mirror.parent()];
     transferred.map_err(|failure| blamed(failure, &places.into_iter().flatten().collect::<Vec<_>>()))
@@ -231,47 +274,77 @@ fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<
     Ok(Box::new(Gitoxide::new(program.start(verdict, budget)?, bounds, meter)))
 }
 
-/// Brings the mirror at `path` up to what `want` needs.
-fn mirrored(path: &Path, want: &Want, transport: &mut dyn Transport) -> Result<Answer, Failure> {
-    let listing = transport.list()?;
-    let mut wants: BTreeSet<String> = match want {
-        Want::All | Want::Commit(_) => listing.refs.values().cloned().collect(),
-        Want::Branch(branch) => {
-            let oid = listing.refs.get(&format!("refs/heads/{branch}")).ok_or_else(|| {
-                Failure::new(ErrorClass::NotFound, format!("the upstream has no branch \"{branch}\""))
-            })?;
-            BTreeSet::from([oid.clone()])
-        }
+/// Brings the mirror up to what `request` wants.
+///
+/// Whoever finds everything there only reads. Whoever does not asks for the right to write, looks again, since others
+/// may have brought it meanwhile, and lists again if something is still missing then.
+fn mirrored(request: &Request, journey: &Journey<'_>) -> Result<Landed, Failure> {
+    let (path, want) = (&request.mirror, &request.want);
+    let mut transport = (journey.connect)()?;
+    let mut listing = transport.list()?;
+    let mut wants = wanted(want, &listing)?;
+    if let Found::Whole(bare) = Bare::find(path)?
+        && bare.lacks(&wants, want).is_empty()
+        && let Some(listing) = bare.serves(&listing, want)?
+    {
+        return brought(&bare, listing, want, Received::default());
+    }
+    let granted: Granted = journey.reporter.ask(&Question::Turn)?;
+    let mut bare = match Bare::find(path)? {
+        Found::Whole(bare) => bare,
+        // An upstream that refuses the listing leaves no trace on the disk.
+        Found::Nothing => Bare::create(path)?,
+        Found::Damaged(damaged) => return Ok(Landed::Damaged { damaged }),
     };
-    // An upstream that refuses the listing leaves no trace on the disk.
-    let mut bare = Bare::open_or_create(path)?;
+    bare.sweep()?;
+    if granted.waited && !bare.lacks(&wants, want).is_empty() {
+        // What was listed before the wait may be gone by now, and the upstream may have hung up.
+        transport = (journey.connect)()?;
+        listing = transport.list()?;
+        wants = wanted(want, &listing)?;
+    }
     bare.retain_missing(&mut wants);
     let mut received = Received::default();
-    let mut source = Source::Mirror;
     if !wants.is_empty() {
-        received = transport.receive(&bare, &wants)?;
-        source = Source::Upstream;
-        bare.refresh()?;
+        received = journey.receive(&mut bare, &mut transport, &wants, &listing, request.time_left)?;
         bare.retain_missing(&mut wants);
         if let Some(oid) = wants.first() {
             let message = format!("the upstream listed {oid} but did not send it");
             return Err(Failure::new(ErrorClass::Network, message));
         }
     }
-    let listing = bare.adopt(listing, want)?;
-    if let Want::Commit(oid) = want {
-        let mut wants = BTreeSet::from([oid.clone()]);
-        bare.retain_missing(&mut wants);
-        if !wants.is_empty() {
-            // Not below any ref: most servers hand it out all the same if they have it.
-            let more = transport.receive(&bare, &wants).map_err(|failure| unless_absent(failure, oid))?;
-            received = Received { objects: received.objects + more.objects, bytes: received.bytes + more.bytes };
-            source = Source::Upstream;
-            bare.refresh()?;
+    let listing = bare.adopt(&listing, want)?;
+    if let Want::Commit(oid) = want
+        && !bare.has(oid)
+    {
+        // Not below any ref: most servers hand it out all the same if they have it.
+        let wants = BTreeSet::from([oid.clone()]);
+        let more = transport.receive(&bare, &wants).map_err(|failure| unless_absent(failure, oid))?;
+        received = Received { objects: received.objects + more.objects, bytes: received.bytes + more.bytes };
+        bare.take_in(&wants, journey.reporter)?;
+    }
+    brought(&bare, listing, want, received)
+}
+
+/// The objects that `want` needs of `listing`.
+fn wanted(want: &Want, listing: &Listing) -> Result<BTreeSet<String>, Failure> {
+    match want {
+        Want::All | Want::Commit(_) => Ok(listing.refs.values().cloned().collect()),
+        Want::Branch(branch) => {
+            let oid = listing.refs.get(&format!("refs/heads/{branch}")).ok_or_else(|| {
+                Failure::new(ErrorClass::NotFound, format!("the upstream has no branch \"{branch}\""))
+            })?;
+            Ok(BTreeSet::from([oid.clone()]))
         }
+    }
+}
+
+fn brought(bare: &Bare, listing: Listing, want: &Want, received: Received) -> Result<Landed, Failure> {
+    if let Want::Commit(oid) = want {
         bare.require_commit(oid)?;
     }
-    Ok(Answer { listing, objects: received.objects, received_bytes: received.bytes, source })
+    let source = if received.bytes > 0 { Source::Upstream } else { Source::Mirror };
+    Ok(Landed::Brought(Answer { listing, objects: received.objects, received_bytes: received.bytes, source }))
 }
 
 /// `not_found` where the upstream says that it has no such object.
@@ -302,6 +375,7 @@ mod tests {
                 max_bytes: 1,
                 reserve: 0,
                 engine: Engine::Gix,
+                time_left: Duration::ZERO,
             };
             request.access()
         };

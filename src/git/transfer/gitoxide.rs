@@ -8,17 +8,18 @@ use gix::{
     negotiate::Algorithm,
     odb::pack,
     protocol::{
-        self, Handshake, LsRefsCommand,
+        self, Command, Handshake, LsRefsCommand,
         fetch::{
             Arguments, Context, Negotiate, Options, RefMap, Response, Shallow, Tags,
             negotiate::{self, Action, Round, one_round},
             refmap::{Mapping, Source, SpecIndex},
+            response::ShallowUpdate,
         },
         handshake::Ref,
         ls_refs::RefPrefixes,
     },
 };
-use gix_transport::{Service, client::blocking_io::Transport as Carrier};
+use gix_transport::{Protocol, Service, client::blocking_io::Transport as Carrier};
 
 use super::{Received, Transport, bare::Bare, budget::Budget, early, meter::Meter, verdict::Verdict};
 use crate::{
@@ -62,11 +63,14 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
         Self { carrier, handshake: None, bounds, meter }
     }
 
-    fn refs(&mut self) -> gix::Result<Vec<Ref>> {
+    fn shake_hands(&mut self) -> gix::Result<Handshake> {
         let nobody = |_| Ok(None);
+        protocol::handshake(&mut self.carrier, Service::UploadPack, nobody, Vec::new(), &mut self.meter.hand())
+    }
+
+    fn refs(&mut self) -> gix::Result<Vec<Ref>> {
         let mut progress = self.meter.hand();
-        let mut handshake =
-            protocol::handshake(&mut self.carrier, Service::UploadPack, nobody, Vec::new(), &mut progress)?;
+        let mut handshake = self.shake_hands()?;
         // Protocol version 2 is asked for; older servers list at once.
         let refs = if let Some(refs) = handshake.refs.take() {
             refs
@@ -146,14 +150,48 @@ impl<C: Carrier> Transport for Gitoxide<'_, C> {
     fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure> {
         self.bounds.budget.grant(self.bounds.max_bytes);
         let before = self.meter.pack_bytes();
-        let objects = self.fetch(&mirror.repository, wants).map_err(|error| self.judge(&error, Stage::Receiving))?;
+        let objects = self.fetch(mirror, wants).map_err(|error| self.judge(&error, Stage::Receiving))?;
         Ok(Received { objects, bytes: self.meter.pack_bytes() - before })
+    }
+
+    fn boundary(&mut self, tip: &str, depth: u32) -> Result<Option<BTreeSet<String>>, Failure> {
+        self.bounds.budget.grant(LONGEST_LISTING);
+        self.probe(tip, depth).map_err(|error| self.judge(&error, Stage::Receiving))
     }
 }
 
 impl<C: Carrier> Gitoxide<'_, C> {
-    /// Fetches `wants` into `repository` and returns how many objects came.
-    fn fetch(&mut self, repository: &gix::Repository, wants: &BTreeSet<String>) -> gix::Result<u64> {
+    /// Asks for a shallow history and reads only where the upstream would cut it, not the pack that follows.
+    fn probe(&mut self, tip: &str, depth: u32) -> gix::Result<Option<BTreeSet<String>>> {
+        let handshake = match self.handshake.take() {
+            Some(handshake) => handshake,
+            None => self.shake_hands()?,
+        };
+        let version = handshake.server_protocol_version;
+        let mut features = Command::Fetch.default_features(version, &handshake.capabilities);
+        features.push(agent());
+        let mut arguments = Arguments::new(version, features, false);
+        let Ok(tip) = gix::ObjectId::from_hex(tip.as_bytes()) else { return Ok(None) };
+        if version != Protocol::V2 || !arguments.can_use_deepen() {
+            return Ok(None);
+        }
+        arguments.deepen(usize::try_from(depth).unwrap_or(usize::MAX));
+        arguments.want(tip);
+        let mut reader = arguments.send(&mut self.carrier, true).map_err(Error::from_error)?;
+        let response = Response::from_line_reader(version, &mut reader, true, false)?;
+        let cut = response.shallow_updates().iter().filter_map(|update| match update {
+            ShallowUpdate::Shallow(id) => Some(id.to_string()),
+            ShallowUpdate::Unshallow(_) => None,
+        });
+        Ok(Some(cut.collect()))
+    }
+
+    /// Fetches `wants` into `mirror` and returns how many objects came.
+    fn fetch(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> gix::Result<u64> {
+        let repository = &mirror.repository;
+        if self.handshake.is_none() {
+            self.handshake = Some(self.shake_hands()?);
+        }
         let Some(handshake) = self.handshake.as_mut() else { return Ok(0) };
         let mut known = repository.clone();
         known.objects.refresh_never();
@@ -197,7 +235,7 @@ impl<C: Carrier> Gitoxide<'_, C> {
             })?;
             Ok(true)
         };
-        protocol::fetch(&mut negotiate, consume, self.meter.hand(), &AtomicBool::new(false), context, options)?;
+        protocol::fetch(&mut negotiate, consume, self.meter.hand(), &mirror.stop, context, options)?;
         Ok(objects)
     }
 }

@@ -1,4 +1,6 @@
 //! Smart HTTP over our own client: checked addresses, no redirects, no proxy but one that is set, real status codes.
+//!
+//! Longer than 400 lines because the engine wants a type of its own for each half of a request and of its answer.
 
 use std::{
     any::Any,

@@ -80,6 +80,11 @@ impl Meter {
         self.sum(PACK_BYTES).0
     }
 
+    /// How many objects of packs were received and are expected, so far.
+    pub(super) fn objects(&self) -> (u64, u64) {
+        self.sum(INDEXED_OBJECTS)
+    }
+
     /// Does `work` while everything that moves is reported every `tick`. Nothing is said while nothing does, and the
     /// agent's stall limit passes.
     pub(super) fn reporting<T>(&self, tick: Duration, reporter: &Reporter, work: impl FnOnce() -> T) -> T {

@@ -114,8 +114,9 @@ fn refs(
 /// The commit and the tree behind an object, which may be a tag.
 fn resolve(repo: &Repository, object: &str) -> Result<(ObjectId, ObjectId), Failure> {
     let object = repo
-        .find_object(id(object)?)
-        .map_err(|_| Failure::new(ErrorClass::NotFound, format!("the upstream has no object {object}")))?;
+        .try_find_object(id(object)?)
+        .map_err(|error| damaged(&error))?
+        .ok_or_else(|| Failure::new(ErrorClass::NotFound, format!("the upstream has no object {object}")))?;
     let commit = object
         .peel_to_commit()
         .map_err(|_| Failure::invalid("what was asked for is not a commit and does not point to one"))?;

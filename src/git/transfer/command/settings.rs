@@ -178,6 +178,7 @@ mod tests {
             proxy: None,
             known_hosts: settings.known_hosts.clone(),
             max_bytes: 1,
+            time_left: std::time::Duration::ZERO,
             reserve: 0,
             engine: crate::git::settings::Engine::Git,
         }
