@@ -7,6 +7,7 @@ mod address;
 mod bare;
 mod budget;
 mod command;
+mod early;
 mod gitoxide;
 mod http;
 mod journey;

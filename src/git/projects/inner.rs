@@ -19,7 +19,8 @@ impl Staging {
         moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let objects = self.way(&self.dir, &format!("{git}/objects"))?;
-        objects::copy(mirror, &objects, self.owner, moved)
+        self.await_later(objects::copy(mirror, &objects, self.owner, moved)?);
+        Ok(())
     }
 
     /// Copies LFS objects from `store` into the git directory `git`.

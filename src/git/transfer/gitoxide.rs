@@ -1,6 +1,6 @@
 //! The transport whose engine is gitoxide, over any of its own ways to carry the protocol.
 
-use std::{collections::BTreeSet, fs::File, io::ErrorKind, sync::atomic::AtomicBool};
+use std::{collections::BTreeSet, fs::File, io::ErrorKind, os::unix::fs::FileExt, sync::atomic::AtomicBool};
 
 use gix::{
     bstr::ByteSlice,
@@ -21,7 +21,7 @@ use gix::{
 };
 use gix_transport::{Protocol, Service, client::blocking_io::Transport as Carrier};
 
-use super::{Received, Transport, bare::Bare, budget::Budget, meter::Meter, verdict::Verdict};
+use super::{Received, Transport, bare::Bare, budget::Budget, early, meter::Meter, verdict::Verdict};
 use crate::{
     failure::{ErrorClass, Failure},
     git::{mirror::Listing, room::refused},
@@ -214,16 +214,19 @@ impl<C: Carrier> Gitoxide<'_, C> {
             tags: Tags::None,
             reject_shallow_remote: true,
         };
-        let bases = repository.objects.clone();
+        // Without a pack there is nothing that a delta could lean on outside of its own, and what comes is written as it
+        // comes; else it is taken apart and put together again, with the bases it lacks.
+        let bases = holds_packs(&directory).then(|| repository.objects.clone());
         let consume = |reader: &mut dyn std::io::BufRead,
                        progress: &mut dyn gix::DynNestedProgress,
                        interrupt: &AtomicBool|
          -> gix::Result<bool> {
             let options = pack::bundle::write::Options { alloc_limit_bytes: Some(limit), ..Default::default() };
-            let bases = Some(bases);
             let hash = gix::hash::Kind::Sha1;
-            let written =
-                pack::Bundle::write_to_directory(reader, Some(&directory), progress, interrupt, bases, hash, options)?;
+            let written = early::written(&directory, || {
+                pack::Bundle::write_to_directory(reader, Some(&directory), progress, interrupt, bases, hash, options)
+            })
+            .map_err(Error::from_error)??;
             objects = u64::from(written.index.num_objects);
             keep(&written).map_err(|error| {
                 // What may not be on the disk is not to be found there later.
@@ -239,8 +242,17 @@ impl<C: Carrier> Gitoxide<'_, C> {
     }
 }
 
+/// Whether there is a pack already.
+fn holds_packs(directory: &std::path::Path) -> bool {
+    let Ok(mut entries) = std::fs::read_dir(directory) else { return true };
+    entries.any(|entry| entry.map_or(true, |entry| entry.path().extension().is_some_and(|end| end == "pack")))
+}
+
 /// Makes a new pack durable before any ref leads to it, and lets go of the engine's mark on it.
 fn keep(written: &pack::bundle::write::Outcome) -> std::io::Result<()> {
+    if let Some(pack) = &written.data_path {
+        ends_with(&File::open(pack)?, written.index.data_hash.as_slice())?;
+    }
     for path in written.data_path.iter().chain(&written.index_path) {
         File::open(path)?.sync_all()?;
     }
@@ -251,6 +263,17 @@ fn keep(written: &pack::bundle::write::Outcome) -> std::io::Result<()> {
         Some(Err(error)) if error.kind() != ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Refuses a pack with something behind its end, which no reader would take for whole.
+fn ends_with(pack: &File, checksum: &[u8]) -> std::io::Result<()> {
+    let mut end = vec![0; checksum.len()];
+    let length = pack.metadata()?.len();
+    pack.read_exact_at(&mut end, length.saturating_sub(checksum.len() as u64))?;
+    if end == checksum {
+        return Ok(());
+    }
+    Err(std::io::Error::new(ErrorKind::InvalidData, "the pack goes on behind its end"))
 }
 
 fn agent() -> protocol::command::Feature {
