@@ -54,6 +54,9 @@ const PROGRAM_FILES: &[&str] = &[
     "/etc/ld.so.cache",
     "/etc/ld.so.preload",
     "/etc/localtime",
+    // Git names its temporary files by chance.
+    "/dev/urandom",
+    "/dev/random",
 ];
 /// What everything may be written to and nothing read from.
 const NOWHERE: &str = "/dev/null";
