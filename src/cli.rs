@@ -9,6 +9,7 @@ mod completions;
 mod control;
 mod dead;
 mod demo;
+mod doctor;
 mod error;
 mod events;
 mod follow;
@@ -94,6 +95,8 @@ enum Command {
     /// What the broker should have and has: plan, apply, doctor
     #[command(subcommand)]
     Topology(topology::TopologyCommand),
+    /// What this node can do for the work: sandbox, capabilities, disk
+    Doctor(doctor::DoctorArgs),
     /// Look after the projects of this node's storage: list, forget
     #[command(subcommand)]
     Project(project::ProjectCommand),
@@ -133,6 +136,7 @@ fn run(cli: Cli) -> Result<u8, CliError> {
         Command::Events(args) => Ok(client(load()?, |config| events::run(config, args))?.unwrap_or(exit::OK)),
         Command::Dead(command) => dead::run(load()?, command),
         Command::Topology(command) => Ok(done(client(load()?, |config| topology::run(config, command))?)),
+        Command::Doctor(args) => doctor::run(&load()?, &args),
         Command::Project(command) => project::run(load()?, command),
         Command::Schema(args) => schema::run(&args),
         Command::Completions(args) => completions::run(&args),

@@ -2,6 +2,7 @@
 //!
 //! [`look`] gathers [`Facts`]; everything after is a pure function of them.
 
+mod node;
 mod plan;
 mod policy;
 mod rules;
@@ -10,6 +11,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::Serialize;
 
+pub use node::{NodeFacts, examine_node};
 pub use plan::{Item, State, plan};
 pub use policy::{DEADLINE_MARGIN, needed_timeout, set_policy_command, wanted_policies};
 pub use rules::examine;
@@ -70,6 +72,18 @@ pub enum Severity {
     Yellow,
     /// Unsafe or broken.
     Red,
+}
+
+impl Severity {
+    /// The sign before a finding.
+    #[must_use]
+    pub const fn mark(self) -> &'static str {
+        match self {
+            Self::Red => "✗",
+            Self::Yellow => "!",
+            Self::Info => "·",
+        }
+    }
 }
 
 /// One thing that is not as it should be.

@@ -3,8 +3,10 @@
 mod clone;
 mod delete;
 mod executor;
+mod extras;
 mod history;
 mod obtain;
+mod pace;
 mod pull;
 mod reserve;
 mod status;
@@ -17,10 +19,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     failure::Failure,
     git::{Fence, Run},
-    protocol::{Place, ProjectId, Round, Task, TaskId, TaskResult},
+    protocol::{HostState, Place, ProjectId, Round, Task, TaskId, TaskResult},
 };
 
-pub use self::{executor::GitExecutor, history::PENDING};
+pub use self::{executor::GitExecutor, history::PENDING, pace::Pace};
 
 /// One execution of a task.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,6 +84,11 @@ pub trait Execute: Send + Sync + 'static {
 
     /// The bounds of one attempt of `task`: its own wishes within the operator's maximum.
     fn limits(&self, task: &Task) -> Limits;
+
+    /// The hosts of upstreams that it talks to, waits for or leaves alone.
+    fn hosts(&self) -> Vec<HostState> {
+        Vec::new()
+    }
 
     /// Executes a task once. Idempotent: running it again after any interruption ends in the same state.
     ///

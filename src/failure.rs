@@ -136,13 +136,26 @@ pub struct Failure {
     /// The cause is outside the task (a full disk, a host that is down): it waits without spending attempts.
     #[serde(default)]
     pub deferred: bool,
+    /// The upstream's host could not be reached at all, or a gateway before it said that it is down.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unreachable: bool,
+    /// The process that did the work was killed from outside: it says nothing about the work.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub killed: bool,
 }
 
 impl Failure {
     /// A failure of `class` with a sentence for people; `disk` is deferred by its nature.
     #[must_use]
     pub fn new(class: ErrorClass, message: impl Into<String>) -> Self {
-        Self { class, message: message.into(), retry_after: None, deferred: class == ErrorClass::Disk }
+        Self {
+            class,
+            message: message.into(),
+            retry_after: None,
+            deferred: class == ErrorClass::Disk,
+            unreachable: false,
+            killed: false,
+        }
     }
 
     /// Short for a failure of class `invalid`.
@@ -173,6 +186,13 @@ impl Failure {
     #[must_use]
     pub fn not_before(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
+        self
+    }
+
+    /// The same failure, of a host that is not there.
+    #[must_use]
+    pub fn unreachable(mut self) -> Self {
+        self.unreachable = true;
         self
     }
 

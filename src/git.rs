@@ -4,10 +4,14 @@
 
 pub mod child;
 pub mod credential;
+mod hosts;
 pub mod mirror;
+pub(crate) mod module;
 pub mod owner;
 pub mod pack;
+pub(crate) mod pointer;
 pub mod policy;
+pub(crate) mod program;
 mod projects;
 mod room;
 pub mod run;
@@ -16,7 +20,7 @@ mod transfer;
 pub(crate) mod workspace;
 
 pub(crate) use child::{Children, Confinement, Support};
-pub(crate) use mirror::{Came, Fetched, Held, Listing, Mirrors, Underway, Want, send_objects};
+pub(crate) use mirror::{Came, Fetched, Held, Listing, Mirrors, Tip, Underway, Want, send_objects};
 pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Projects, PullNote, Site, Staging, Stamp};
 pub use projects::{ProjectRecord, survey};
 pub(crate) use room::room;

@@ -12,7 +12,7 @@ pub mod schema;
 mod task;
 pub mod wire;
 
-pub use control::{Control, ControlAnswer, ControlCommand, ControlMessage};
+pub use control::{Control, ControlAnswer, ControlCommand, ControlMessage, HostState};
 pub use event::{Event, EventError, Origin, Outcome, Progress, ProjectStatus, Status, TaskResult};
 pub use giturl::{GitUrl, Scheme};
 pub use ids::{EventId, NodeName, ProjectId, Round, TaskId, new_event_id};

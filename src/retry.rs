@@ -97,8 +97,12 @@ impl RetrySettings {
                 let message = format!("{} (deferred for longer than retry.defer_max)", failure.message);
                 return Next::Fail(Failure { message, deferred: false, ..failure });
             }
-            let patience = self.base.max(Duration::from_secs(15));
-            return Next::Defer(spread(patience, jitter).max(asked));
+            // Who knows how long it takes is believed; a little more each, so that a crowd does not come back at once.
+            if failure.retry_after.is_some() {
+                let asked = asked.max(self.base);
+                return Next::Defer(asked + asked.min(self.cap).mul_f64(jitter.clamp(0.0, 1.0) / 4.0));
+            }
+            return Next::Defer(spread(self.base.max(Duration::from_secs(15)), jitter));
         }
         if attempt >= self.max_attempts {
             return Next::Fail(failure);
@@ -181,6 +185,16 @@ mod tests {
         assert!(matches!(settings.decide(99, disk(), None, now, 0.5), Next::Defer(_)));
         let since = Some(Timestamp::UNIX_EPOCH);
         assert!(matches!(settings.decide(1, disk(), since, now, 0.5), Next::Fail(_)));
+    }
+
+    #[test]
+    fn a_deferred_failure_that_knows_its_wait_is_believed() {
+        let down = |secs| failure(ErrorClass::Network).not_before(Duration::from_secs(secs)).deferred();
+        assert_eq!(decide(99, down(4)), Next::Defer(Duration::from_millis(4500)));
+        assert_eq!(decide(99, down(0)), Next::Defer(Duration::from_millis(1125)));
+        assert!(
+            matches!(decide(5, failure(ErrorClass::Network).deferred()), Next::Defer(wait) if wait.as_secs() >= 11)
+        );
     }
 
     #[test]

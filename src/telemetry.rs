@@ -14,7 +14,8 @@
 //! | `event.status` | status of an event |
 //! | `error.class`, `error` | class of a failure, and its sentence |
 //! | `broker.exchange`, `broker.queue`, `broker.address` | names on the broker; an address never has a password |
-//! | `git.host`, `git.phase` | host of an upstream, what a child is doing |
+//! | `git.host`, `git.port`, `git.phase` | host and port of an upstream, what a child is doing |
+//! | `git.paused` | why a host is left alone: `down`, `throttled` |
 //! | `child.role`, `child.pid` | a child process |
 //! | `wait_ms`, `duration_ms` | a wait, how long something took |
 //! | `bytes`, `objects`, `count` | amounts |

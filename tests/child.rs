@@ -116,7 +116,7 @@ async fn assert_gone(pids: &[i32]) {
 async fn a_child_reports_and_answers() {
     let bounds = Bounds::default();
     assert_eq!(bounds.run("answer").await.unwrap(), 42);
-    let expected = Progress { phase: "receiving".to_owned(), done: 1, total: Some(2), bytes: 3 };
+    let expected = Progress { phase: "receiving".to_owned(), done: 1, total: Some(2), bytes: 3, ..Progress::default() };
     assert_eq!(*bounds.progress.lock().unwrap(), [expected]);
 }
 

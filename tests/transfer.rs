@@ -2,8 +2,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up shall fail loudly")]
 
+#[path = "transfer/dns.rs"]
+mod dns;
 #[path = "support/githttp.rs"]
 mod githttp;
+#[path = "transfer/hostile.rs"]
+mod hostile;
+#[path = "transfer/proxy.rs"]
+mod proxy;
+#[path = "transfer/ssh.rs"]
+mod ssh;
 
 use std::{
     collections::BTreeMap,
@@ -23,7 +31,7 @@ use haul::{
         Fence, Run,
         child::Children,
         mirror::{Fetched, Mirrors, Source, Want},
-        settings::GitSettings,
+        settings::{Engine, GitSettings},
     },
     protocol::{CredentialName, GitUrl, Progress},
 };
@@ -84,8 +92,14 @@ impl Node {
         }
     }
 
+    /// A credential of the host that our servers have.
     fn credential(&self, file: &str, text: &str) {
+        self.credential_at(&format!("localhost/{file}"), text);
+    }
+
+    fn credential_at(&self, file: &str, text: &str) {
         let path = self.storage.path().join("credentials").join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, text).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     }
@@ -364,9 +378,31 @@ async fn what_one_credential_may_see_is_not_served_to_another() {
 }
 
 #[tokio::test]
+async fn a_credential_that_is_bound_to_no_host_or_to_another_is_not_sent() {
+    let upstream = rich();
+    let server = Server::start(upstream.root());
+    let node = Node::new().await;
+    node.credential_at("loose.token", CANARY);
+    node.credential_at("loose2.toml", "user = \"u\"\npassword = \"canary\"");
+    node.credential_at("elsewhere.toml", "token = \"canary\"\nhosts = [\"*.git.example\"]");
+    node.credential_at("git.example/team.token", CANARY);
+    for (name, class) in [
+        ("loose", ErrorClass::Forbidden),
+        ("loose2", ErrorClass::Forbidden),
+        ("elsewhere", ErrorClass::Forbidden),
+        ("team", ErrorClass::Auth),
+    ] {
+        let failure = node.fetch_as(&server.url("app.git"), Some(name), &Want::All).await.unwrap_err();
+        assert_eq!(failure.class, class, "{name}: {failure}");
+        assert!(!failure.message.contains(CANARY), "{failure}");
+    }
+    assert_eq!(server.counts().requests, 0);
+}
+
+#[tokio::test]
 async fn a_credential_is_not_sent_in_the_clear_beyond_this_machine() {
     let node = Node::new().await;
-    node.credential("team.token", CANARY);
+    node.credential_at("10.255.255.1/team.token", CANARY);
     let failure = node.fetch_as("http://10.255.255.1/app.git", Some("team"), &Want::All).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Forbidden);
     assert!(failure.message.contains("without encryption"), "{failure}");
@@ -422,22 +458,27 @@ async fn a_transfer_dies_with_the_agent() {
 async fn each_answer_has_its_class() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
     for (behaviour, class, wait) in [
         (Behaviour::status(401), ErrorClass::Auth, None),
         (Behaviour::status(403), ErrorClass::Forbidden, None),
         (Behaviour::status(404), ErrorClass::NotFound, None),
+        (Behaviour::status(410), ErrorClass::NotFound, None),
+        (Behaviour::status(408), ErrorClass::Network, None),
+        (Behaviour::status(502), ErrorClass::Network, None),
+        (Behaviour::status(504).header("Retry-After", "0"), ErrorClass::Network, Some(0)),
         (Behaviour::status(429).header("Retry-After", "7"), ErrorClass::Throttled, Some(7)),
         (Behaviour::status(500), ErrorClass::Network, None),
         (Behaviour::status(503).header("Retry-After", "9"), ErrorClass::Throttled, Some(9)),
         (Behaviour::status(200), ErrorClass::NotFound, None),
     ] {
         server.behave(behaviour.clone());
-        let failure = node.fetch(&server.url("app.git")).await.unwrap_err();
+        // A node of its own for each: one that was asked to slow down leaves the host alone.
+        let failure = Node::new().await.fetch(&server.url("app.git")).await.unwrap_err();
         assert_eq!(failure.class, class, "{behaviour:?}: {failure}");
         assert_eq!(failure.retry_after, wait.map(Duration::from_secs), "{behaviour:?}");
     }
     server.behave(Behaviour::Serve);
+    let node = Node::new().await;
     let failure = node.fetch(&server.url("absent.git")).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::NotFound, "{failure}");
 }
@@ -457,6 +498,55 @@ async fn a_redirect_is_reported_and_not_followed() {
         assert!(failure.message.contains("redirect"), "{failure}");
     }
     assert_eq!(elsewhere.counts().requests, 0);
+}
+
+#[tokio::test]
+async fn a_host_that_is_down_is_left_alone_and_one_that_throttles_too_and_others_are_not() {
+    let upstream = rich();
+    let server = Server::start(upstream.root());
+    let other = Server::start(upstream.root());
+    let node = Node::with(|settings| {
+        settings.breaker_after = 2;
+        settings.breaker_pause = Duration::from_millis(300);
+    })
+    .await;
+    let url = server.url("app.git");
+    server.behave(Behaviour::status(502));
+    assert!(!node.fetch(&url).await.unwrap_err().deferred);
+    assert!(node.fetch(&url).await.unwrap_err().deferred);
+    let before = server.counts().requests;
+    let refused = node.fetch(&url).await.unwrap_err();
+    assert_eq!((refused.class, refused.deferred), (ErrorClass::Network, true), "{refused}");
+    assert_eq!(server.counts().requests, before);
+    assert_eq!(node.mirrors.hosts()[0].paused.as_deref(), Some("down"));
+    node.fetch(&other.url("app.git")).await.unwrap();
+    server.behave(Behaviour::Serve);
+    tokio::time::sleep(refused.retry_after.unwrap()).await;
+    node.fetch(&url).await.unwrap();
+    server.behave(Behaviour::status(429).header("Retry-After", "600"));
+    assert!(!node.fetch(&url).await.unwrap_err().deferred);
+    let held = node.fetch(&url).await.unwrap_err();
+    assert_eq!((held.class, held.deferred), (ErrorClass::Throttled, true), "{held}");
+    assert!(held.retry_after.unwrap() > Duration::from_secs(590));
+}
+
+#[tokio::test]
+async fn a_host_has_no_more_transfers_at_a_time_than_its_limit() {
+    let upstream = rich();
+    let server = Server::start(upstream.root());
+    server.behave(Behaviour::HoldPack);
+    let node = Node::with(|settings| settings.host_limit = 1).await;
+    let waits = |node: &Node| node.progress.lock().unwrap().iter().any(|progress| progress.phase == "waiting");
+    let release = async {
+        eventually(|| waits(&node) && server.counts().packs == 1).await;
+        server.behave(Behaviour::Serve);
+    };
+    // Two mirrors of one host: one for each credential.
+    node.credential("team.token", CANARY);
+    let url = server.url("app.git");
+    let (first, second, ()) = tokio::join!(node.fetch(&url), node.fetch_as(&url, Some("team"), &Want::All), release);
+    assert_ne!(first.unwrap().path, second.unwrap().path);
+    assert_eq!(server.counts().packs, 2);
 }
 
 #[tokio::test]
@@ -599,7 +689,7 @@ async fn a_killed_child_is_a_fault_of_ours_and_the_next_fetch_works() {
     upstream.commit_noise("noise", 400_000);
     let server = Server::start(upstream.root());
     server.behave(Behaviour::StallPack { after: 100_000 });
-    let node = Node::new().await;
+    let node = Node::with(|settings| settings.transport_fallback = false).await;
     let url = server.url("app.git");
     let kill = async {
         node.receiving().await;

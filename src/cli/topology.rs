@@ -211,11 +211,7 @@ async fn doctor(tools: &Tools<'_>, args: &TopologyArgs) -> Result<u8, CliError> 
         output::line("✓ everything is as it should be")?;
     } else {
         for finding in &findings {
-            let mark = match finding.severity {
-                Severity::Red => "✗",
-                Severity::Yellow => "!",
-                Severity::Info => "·",
-            };
+            let mark = finding.severity.mark();
             let Finding { subject, problem, mend, .. } = finding;
             output::line(&printable(&format!("{mark} {subject}: {problem} — mend: {mend}")))?;
         }

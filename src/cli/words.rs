@@ -76,6 +76,11 @@ pub(super) fn answer_line(answer: &ControlAnswer) -> String {
         let projects: Vec<_> = projects.iter().map(ToString::to_string).collect();
         line.push(format!(", busy with {}", projects.join(" ")));
     }
+    for host in answer.hosts.iter().flatten() {
+        let rest = host.paused_secs.map(|secs| format!(", left alone for {secs} s")).unwrap_or_default();
+        let why = host.paused.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+        line.push(format!("; {}: {} running, {} waiting{rest}{why}", host.host, host.running, host.waiting));
+    }
     if let Some(version) = &answer.agent_version {
         line.push(format!(", version {version}"));
     }
@@ -142,6 +147,12 @@ fn details(event: &Event) -> Option<String> {
     if let Some(bytes) = result.received_bytes.filter(|&bytes| bytes > 0) {
         parts.push(format!("{} received", ByteSize(bytes)));
     }
+    if let Some(count) = result.submodules_changed {
+        parts.push(format!("{count} submodules changed and were left as they are"));
+    }
+    if let Some(count) = result.lfs_changed {
+        parts.push(format!("{count} LFS files changed and are pointers now"));
+    }
     if let Some(backup) = &result.backup_ref {
         parts.push(format!("what was overwritten is in {backup}"));
     }
@@ -161,6 +172,16 @@ pub(super) fn progress_words(progress: &Progress) -> String {
     }
     if progress.bytes > 0 {
         words.push(format!(", {}", ByteSize(progress.bytes)));
+    }
+    if let Some(rate) = progress.rate {
+        words.push(format!(", {}/s", ByteSize(rate)));
+    }
+    if let Some(left) = progress.eta_secs {
+        words.push(match left {
+            0..60 => format!(", about {left} s left"),
+            60..3600 => format!(", about {} min left", left.div_ceil(60)),
+            _ => format!(", about {} h left", left.div_ceil(3600)),
+        });
     }
     printable(&words.concat())
 }
@@ -221,9 +242,15 @@ mod tests {
 
     #[test]
     fn progress_says_how_much_of_what() {
-        let progress =
-            |done, total, bytes| progress_words(&Progress { phase: "receiving".to_owned(), done, total, bytes });
+        let progress = |done, total, bytes| {
+            progress_words(&Progress { phase: "receiving".to_owned(), done, total, bytes, ..Progress::default() })
+        };
         assert_eq!(progress(5, Some(10), 1024), "receiving 5 of 10, 1.0 KiB");
         assert_eq!(progress(0, None, 0), "receiving");
+        let paced = |rate, eta_secs| {
+            progress_words(&Progress { phase: "receiving".to_owned(), rate, eta_secs, ..Progress::default() })
+        };
+        assert_eq!(paced(Some(2048), Some(12)), "receiving, 2.0 KiB/s, about 12 s left");
+        assert_eq!(paced(None, Some(61)), "receiving, about 2 min left");
     }
 }

@@ -339,6 +339,27 @@ mod tests {
     }
 
     #[test]
+    fn hosts_have_tables_of_their_own() {
+        let config = from_file(
+            "[git.host.\"*.Corp.example\"]\nproxy = \"http://u:canary@proxy:3128\"\nlimit = 2\n\
+             [git.host.\"git.corp.example\"]\nca_file = \"/ca.pem\"",
+        )
+        .unwrap();
+        let host = config.git.of_host("git.corp.example");
+        assert_eq!(host.proxy.unwrap().address(), Some("http://u:canary@proxy:3128"));
+        assert_eq!((host.limit, host.ca_file), (Some(2), Some("/ca.pem".into())));
+        assert!(!format!("{config:?}").contains("canary"));
+        for (text, part) in [
+            ("[git.host.\"h\"]\nlimit = 0", "at least 1"),
+            ("[git.host.\"h\"]\nlimt = 1", "limt"),
+            ("[git.host.\"h\"]\nproxy = \"socks5://u:canary@h\"", "http://host:port"),
+        ] {
+            let sentence = from_file(text).unwrap_err().to_string();
+            assert!(sentence.contains(part) && !sentence.contains("canary"), "{sentence}");
+        }
+    }
+
+    #[test]
     fn unknown_keys_are_refused_with_the_nearest_known_one() {
         let text = |result: Result<Config, ConfigError>| result.unwrap_err().to_string();
         assert!(

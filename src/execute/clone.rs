@@ -4,13 +4,17 @@
 //! is several times as fast as picking objects out of them. A clone of a single branch is therefore narrow in what it
 //! fetches and tracks, and as large as its mirror where other projects made that hold more.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use jiff::Timestamp;
 
 use super::{
     Job,
     executor::{GitExecutor, blocking, stamp},
+    extras,
     history::PENDING,
     obtain::{self, Obtained},
 };
@@ -33,7 +37,19 @@ pub(super) async fn execute(
     };
     match site {
         Site::There(binding, dir) => already_there(git, job, work, *binding, dir.handle()?, run).await,
-        Site::Free => anew(git, job, work, run).await,
+        Site::Free => {
+            let begun = SystemTime::now();
+            match anew(git, job, work, run).await {
+                // Nobody but the agent writes where a project is made: what cannot be read there is the mirror's.
+                Err(failure)
+                    if failure.class == ErrorClass::Corrupt
+                        && git.mirrors.mend(&work.url, work.credential.as_ref(), &failure, begun, run).await? =>
+                {
+                    anew(git, job, work, run).await
+                }
+                ended => ended,
+            }
+        }
     }
 }
 
@@ -129,7 +145,7 @@ async fn made(
     run: &Run<'_>,
 ) -> Result<TaskResult, Failure> {
     git.reserve.check_copy(&fetched.path).await?;
-    copy_objects(fetched, staging, run).await?;
+    copy_objects(git, fetched, staging, run).await?;
     let order = Make {
         url: work.url.as_str().to_owned(),
         listing: fetched.listing.clone(),
@@ -141,6 +157,7 @@ async fn made(
         reserve: git.reserve.bytes(),
     };
     let made = workspace::make(&git.children.of(staging.owner), staging.handle()?, order, run).await?;
+    extras::add(git, work, fetched, staging, run).await?;
     let staged = Arc::clone(staging);
     blocking(move || staged.flush()).await?;
     Ok(TaskResult {
@@ -157,9 +174,14 @@ async fn made(
 }
 
 /// Copies what the mirror holds; ends early when the run does.
-async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) -> Result<(), Failure> {
+async fn copy_objects(
+    git: &GitExecutor,
+    fetched: &Fetched,
+    staging: &Arc<Staging>,
+    run: &Run<'_>,
+) -> Result<(), Failure> {
     let (mirror, staged) = (fetched.path.clone(), Arc::clone(staging));
-    let (cancel, deadline) = (run.cancel.clone(), run.deadline.into_std());
+    let (cancel, deadline, reserve) = (run.cancel.clone(), run.deadline.into_std(), git.reserve.clone());
     let (tell, mut told) = tokio::sync::watch::channel(0_u64);
     let copy = blocking(move || {
         let mut bytes = 0;
@@ -172,7 +194,7 @@ async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) 
             if Instant::now() > deadline {
                 return Err(Failure::new(ErrorClass::Timeout, "the deadline of this attempt passed"));
             }
-            Ok(())
+            reserve.still()
         })
     });
     tokio::pin!(copy);
@@ -182,7 +204,7 @@ async fn copy_objects(fetched: &Fetched, staging: &Arc<Staging>, run: &Run<'_>) 
             changed = told.changed() => match changed {
                 Ok(()) => {
                     let bytes = *told.borrow_and_update();
-                    (run.progress)(Progress { phase: "checkout".to_owned(), done: 0, total: None, bytes });
+                    (run.progress)(Progress { phase: "copying".to_owned(), bytes, ..Progress::default() });
                 }
                 Err(_) => return copy.await,
             },

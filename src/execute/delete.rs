@@ -76,7 +76,7 @@ async fn remove(git: &GitExecutor, buried: String, run: &Run<'_>) {
             changed = told.changed() => match changed {
                 Ok(()) => {
                     let done = *told.borrow_and_update();
-                    (run.progress)(Progress { phase: "removing".to_owned(), done, total: None, bytes: 0 });
+                    (run.progress)(Progress { phase: "removing".to_owned(), done, ..Progress::default() });
                 }
                 Err(_) => break work.await,
             },

@@ -12,15 +12,15 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{Execute, Job, Limits, OwedHistory, ProjectState, clone, delete, history, pull, reserve::Reserve, status};
 use crate::{
     failure::Failure,
-    git::{Budget, Children, Confinement, Fence, GitSettings, Mirrors, Projects, Run, Stamp, Support},
-    protocol::{ProjectId, Task, TaskResult, Work},
+    git::{Budget, Children, Confinement, Fence, GitSettings, Mirrors, Projects, Run, Stamp, Support, owner::barred},
+    protocol::{HostState, ProjectId, Scheme, Task, TaskResult, Work},
 };
 
 /// Executes tasks on the projects of one agent.
 pub struct GitExecutor {
     pub(super) settings: GitSettings,
     pub(super) children: Children,
-    pub(super) mirrors: Arc<Mirrors>,
+    pub(super) mirrors: Mirrors,
     /// What goes on for itself ends with this.
     _closing: DropGuard,
     pub(super) projects: Arc<Projects>,
@@ -48,16 +48,24 @@ impl GitExecutor {
         support.allow(settings)?;
         support.warn(settings);
         let children = Children::new(program, settings.kill_grace)?.confined(Confinement::from(settings));
-        let mirrors = Mirrors::open(storage, settings, children.clone()).await?;
+        let mirrors = Mirrors::open(storage, settings, children.clone()).await?.keeping_free(reserve.bytes());
         let path = projects.to_owned();
-        let projects = blocking(move || Projects::open(&path)).await?;
+        let other_owners = settings.has_other_owners(support.own);
+        let projects = blocking(move || {
+            let projects = Projects::open(&path)?;
+            if let Some(barred) = barred(&path).filter(|_| other_owners) {
+                tracing::warn!(path = %barred.display(), "the owners of projects cannot pass this directory: chmod o+x");
+            }
+            Ok(projects)
+        })
+        .await?;
         let bound = projects.mirrored();
         mirrors.remove_unused(move |key| bound.contains(key)).await?;
         Ok(Self {
             settings: settings.clone(),
             children,
             _closing: mirrors.closing(),
-            mirrors: Arc::new(mirrors),
+            mirrors,
             projects: Arc::new(projects),
             reserve,
         })
@@ -111,9 +119,10 @@ impl Execute for GitExecutor {
     fn admit(&self, task: &Task) -> Result<(), Failure> {
         match &task.work {
             Work::Clone(work) => {
-                let unsupported = [("submodules", work.submodules), ("lfs", work.lfs)];
-                if let Some((field, _)) = unsupported.iter().find(|(_, asked)| *asked) {
-                    return Err(Failure::invalid(format!("this agent does not support {field}")));
+                if work.lfs && !matches!(work.url.scheme(), Scheme::Https | Scheme::Http) {
+                    return Err(Failure::invalid(
+                        "lfs works over https only; clone without it, or from an https address",
+                    ));
                 }
                 self.settings.owner(work.owner)?;
                 self.mirrors.allow(&work.url)
@@ -127,8 +136,12 @@ impl Execute for GitExecutor {
         let longest = self.settings.max_timeout;
         Limits {
             timeout: task.timeout.unwrap_or(self.settings.timeout).min(longest),
-            stall: task.stall.unwrap_or(self.settings.stall).min(longest),
+            stall: task.stall.unwrap_or(self.settings.stall).min(self.settings.max_stall).min(longest),
         }
+    }
+
+    fn hosts(&self) -> Vec<HostState> {
+        self.mirrors.hosts()
     }
 
     async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure> {

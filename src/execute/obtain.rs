@@ -5,10 +5,11 @@ use std::num::NonZeroU32;
 use super::{
     clone::{expected, resolve},
     executor::GitExecutor,
+    extras,
 };
 use crate::{
     failure::Failure,
-    git::{Came, Fetched, Follows, Held, Listing, Run, Underway, Want},
+    git::{Came, Fetched, Follows, Held, Listing, Run, Tip, Underway, Want},
     protocol::{CloneTask, Revision},
 };
 
@@ -35,9 +36,8 @@ pub(super) async fn obtain(git: &GitExecutor, work: &CloneTask, run: &Run<'_>) -
         let listing = git.mirrors.list(&work.url, work.credential.as_ref(), run).await?;
         let (follows, object) = meant(work, &listing)?;
         if let Some(oid) = object {
-            let what = (oid.as_str(), !work.single_branch);
-            let tip = git.mirrors.tip(&work.url, work.credential.as_ref(), &listing, what, depth, run);
-            let fetched = tip.await?;
+            let what = Tip { oid: &oid, all: !work.single_branch, depth, lent: false };
+            let fetched = git.mirrors.tip(&work.url, work.credential.as_ref(), &listing, what, run).await?;
             return Ok(Obtained { fetched, follows, object: Some(oid), tree_first: false, held: None });
         }
         // Of an empty upstream there is nothing to limit.
@@ -47,7 +47,8 @@ pub(super) async fn obtain(git: &GitExecutor, work: &CloneTask, run: &Run<'_>) -
         Revision::Branch(name) if work.single_branch => Want::Branch(name.as_str().to_owned()),
         _ => Want::All,
     };
-    let Some(after) = git.settings.tree_first_after else {
+    // With submodules or LFS files a tree alone is no project yet.
+    let Some(after) = git.settings.tree_first_after.filter(|_| !extras::wanted(work)) else {
         return whole(work, git.mirrors.fetch(&work.url, work.credential.as_ref(), &want, run).await?);
     };
     let mut full = git.mirrors.begin(&work.url, work.credential.as_ref(), &want, run.stall);
@@ -73,7 +74,8 @@ async fn tree_first(
 ) -> Result<Obtained, Failure> {
     // Both would share the link and the processors of both sides; the tree is what somebody waits for.
     let held = full.hold();
-    let tip = git.mirrors.tip(&work.url, work.credential.as_ref(), listing, (&oid, false), TREE, run);
+    let what = Tip { oid: &oid, all: false, depth: TREE, lent: true };
+    let tip = git.mirrors.tip(&work.url, work.credential.as_ref(), listing, what, run);
     let tip = tokio::select! {
         biased;
         fetched = full.whole(run) => return whole(work, fetched?),

@@ -3,7 +3,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     os::fd::OwnedFd,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
 };
 
 use jiff::Timestamp;
@@ -28,6 +29,28 @@ pub(super) async fn execute(
     job: &Job,
     work: &PullTask,
     run: &Run<'_>,
+) -> Result<TaskResult, Failure> {
+    let (begun, damage) = (SystemTime::now(), Damage::default());
+    let ended = once(git, job, work, run, &damage).await;
+    let Some((binding, failure)) = damage.0.into_inner().unwrap_or_else(PoisonError::into_inner) else { return ended };
+    let (url, credential) = upstream(work, &binding)?;
+    if git.mirrors.mend(&url, credential.as_ref(), &failure, begun, run).await? {
+        return once(git, job, work, run, &Damage::default()).await;
+    }
+    ended
+}
+
+/// The project whose mirror could not be read, and how that was told. What cannot be read in the project itself is no
+/// reason to fetch anything again.
+#[derive(Default)]
+struct Damage(Mutex<Option<(Binding, Failure)>>);
+
+async fn once(
+    git: &GitExecutor,
+    job: &Job,
+    work: &PullTask,
+    run: &Run<'_>,
+    damage: &Damage,
 ) -> Result<TaskResult, Failure> {
     same_target(git, job.task.project, work.target.as_ref())?;
     let (binding, dir) = status::project(git, job.task.project).await?;
@@ -57,10 +80,11 @@ pub(super) async fn execute(
             refs,
             interrupted: noted.map(|note| (note.old, note.new)),
             reset: work.on_conflict == OnConflict::Reset,
+            reserve: git.reserve.bytes(),
             backup: (Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string(), job.task.id.as_str().to_owned()),
             budget: git.budget(),
         };
-        bring(git, &binding, &dir, &fetched, &looked, order, run).await?
+        bring(git, &binding, &dir, &fetched, &looked, order, damage, run).await?
     };
     settle(git, job, &binding, run, pulled.updated).await?;
     Ok(TaskResult {
@@ -72,6 +96,8 @@ pub(super) async fn execute(
         received_bytes: Some(fetched.received_bytes),
         updated: Some(pulled.updated),
         backup_ref: pulled.backup_ref,
+        submodules_changed: Some(pulled.submodules).filter(|&count| count > 0),
+        lfs_changed: Some(pulled.pointers).filter(|&count| count > 0),
         ..TaskResult::default()
     })
 }
@@ -111,13 +137,8 @@ async fn fetch(
     looked: &Looked,
     run: &Run<'_>,
 ) -> Result<(Fetched, Option<String>), Failure> {
-    let url = GitUrl::parse(&binding.url)?;
+    let (url, credential) = upstream(work, binding)?;
     git.mirrors.allow(&url)?;
-    let credential = match (&work.credential, &binding.credential) {
-        (Some(name), _) => Some(name.clone()),
-        (None, Some(name)) => Some(CredentialName::new(name.as_str())?),
-        (None, None) => None,
-    };
     let want = match (&binding.follows, binding.single_branch) {
         (Follows::Branch(name), true) => Want::Branch(name.clone()),
         _ => Want::All,
@@ -131,6 +152,16 @@ async fn fetch(
         return Err(Failure::new(ErrorClass::NotFound, message));
     }
     Ok((fetched, tip))
+}
+
+/// Where a project comes from, and what this task shows there.
+fn upstream(work: &PullTask, binding: &Binding) -> Result<(GitUrl, Option<CredentialName>), Failure> {
+    let credential = match (&work.credential, &binding.credential) {
+        (Some(name), _) => Some(name.clone()),
+        (None, Some(name)) => Some(CredentialName::new(name.as_str())?),
+        (None, None) => None,
+    };
+    Ok((GitUrl::parse(&binding.url)?, credential))
 }
 
 /// The branch that a project follows.
@@ -171,6 +202,7 @@ fn up_to_date(binding: &Binding, looked: &Looked, tip: Option<&str>, refs: &BTre
 }
 
 /// Streams what is missing and lets the workspace child take it in.
+#[expect(clippy::too_many_arguments, reason = "all that one pull is about")]
 async fn bring(
     git: &GitExecutor,
     binding: &Binding,
@@ -178,6 +210,7 @@ async fn bring(
     fetched: &Fetched,
     looked: &Looked,
     order: Pull,
+    damage: &Damage,
     run: &Run<'_>,
 ) -> Result<Pulled, Failure> {
     let have: BTreeSet<&String> = looked.head.iter().chain(looked.refs.values()).collect();
@@ -195,23 +228,47 @@ async fn bring(
     };
     let children = git.children.of(binding.owner);
     if wants.is_empty() {
-        return workspace::pull(&children, dir.handle()?, None, order, run, note).await;
+        return workspace::pull(&children, dir.handle()?, None, order, run, note).await.map_err(incomplete);
     }
     let (reader, writer) = std::io::pipe()?;
     let pull = workspace::pull(&children, dir.handle()?, Some(OwnedFd::from(reader)), order, run, note);
-    let pack = pack::stream(&git.children, &fetched.path, &wants, &haves, &looked.shallow, OwnedFd::from(writer), run);
-    tokio::pin!(pull, pack);
-    tokio::select! {
-        pulled = &mut pull => match pulled {
-            Ok(pulled) => Ok(pulled),
-            // The cause of a cut pack is at its other end; a pipe that nobody reads any more ends that too.
-            Err(failure) if matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) => Err(pack.await.err().unwrap_or(failure)),
-            Err(failure) => Err(failure),
-        },
-        packed = &mut pack => {
-            packed?;
-            pull.await
+    let pack = async {
+        let shallow = &looked.shallow;
+        let packed =
+            pack::stream(&git.children, &fetched.path, &wants, &haves, shallow, OwnedFd::from(writer), run).await;
+        if let Err(failure) = packed.as_ref()
+            && failure.class == ErrorClass::Corrupt
+        {
+            *damage.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((binding.clone(), failure.clone()));
         }
+        packed
+    };
+    tokio::pin!(pull, pack);
+    let (pulled, packed) = tokio::select! {
+        pulled = &mut pull => match pulled {
+            // The cause of a pack that was cut is at its other end; a pipe that nobody reads any more ends that too.
+            Err(failure) if wants_a_cause(&failure) => (Err(failure), pack.await.err()),
+            other => (other, None),
+        },
+        packed = &mut pack => (pull.await, packed.err()),
+    };
+    pulled.map_err(|failure| match packed {
+        Some(cut) if cut.class != ErrorClass::Internal || wants_a_cause(&failure) => cut,
+        // Whoever reads no more says why; a pack that nobody reads has no cause of its own.
+        _ => incomplete(failure),
+    })
+}
+
+/// Whether a failure of the workspace's side may follow from one of the mirror's.
+fn wants_a_cause(failure: &Failure) -> bool {
+    matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt | ErrorClass::NotFound)
+}
+
+/// What is missing although the mirror sent all that the project said it lacks was taken out of the project.
+fn incomplete(failure: Failure) -> Failure {
+    match failure.class {
+        ErrorClass::NotFound => Failure::conflict(format!("the workspace was altered: {}", failure.message)),
+        _ => failure,
     }
 }
 

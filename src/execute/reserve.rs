@@ -39,6 +39,14 @@ impl Reserve {
         .await
     }
 
+    /// Refuses to go on with a project where less is free by now than is to stay free.
+    ///
+    /// # Errors
+    /// `disk`, which waits without spending attempts.
+    pub(super) fn still(&self) -> Result<(), Failure> {
+        room(&self.projects, "projects", 0, self.bytes)
+    }
+
     /// Refuses a project whose objects, those of `mirror`, would use up what is to stay free.
     ///
     /// Where the file system shares what it copies they need less; the caution is kept all the same.
@@ -53,6 +61,20 @@ impl Reserve {
                 bytes = bytes.saturating_add(entry?.metadata()?.len());
             }
             room(&own.projects, "projects", bytes, own.bytes)
+        })
+        .await
+    }
+
+    /// Refuses LFS files of so many bytes where their `objects`, kept once beside the mirror and once in the project,
+    /// would use up what is to stay free with them.
+    ///
+    /// # Errors
+    /// `disk`, which waits without spending attempts.
+    pub(super) async fn check_lfs(&self, objects: u64, files: u64) -> Result<(), Failure> {
+        let own = self.clone();
+        blocking(move || {
+            room(&own.storage, "mirrors", objects, own.bytes)?;
+            room(&own.projects, "projects", objects.saturating_add(files), own.bytes)
         })
         .await
     }

@@ -32,6 +32,9 @@ pub use self::{
     serve::{Reporter, serve},
 };
 
+/// How a failure begins that is one of memory.
+pub(super) const TOO_MUCH_MEMORY: &str = "this needs more memory than git.child_memory";
+
 /// What a child is for. Roles never mix: each sees only what its work needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -41,6 +44,8 @@ pub enum Role {
     Pack,
     /// Reads and writes one project.
     Workspace,
+    /// Reads and writes one mirror, without the network; belongs to no task.
+    Upkeep,
 }
 
 impl Role {
@@ -51,6 +56,7 @@ impl Role {
             Self::Transfer => "transfer",
             Self::Pack => "pack",
             Self::Workspace => "workspace",
+            Self::Upkeep => "upkeep",
         }
     }
 
@@ -58,7 +64,7 @@ impl Role {
     const fn longest_line(self) -> usize {
         match self {
             Self::Transfer => 32 << 20,
-            Self::Pack | Self::Workspace => 1 << 20,
+            Self::Pack | Self::Workspace | Self::Upkeep => 1 << 20,
         }
     }
 }
@@ -276,7 +282,11 @@ fn broken(role: Role, how: &str, ended: &Ended) -> Failure {
         message.push_str(": ");
         message.push_str(&ended.said);
     }
-    Failure::internal(message)
+    // The runtime's own last words; they are not translated.
+    if ended.said.contains("memory allocation of") {
+        return Failure::new(ErrorClass::Quota, format!("{TOO_MUCH_MEMORY}: {message}"));
+    }
+    Failure { killed: ended.killed, ..Failure::internal(message) }
 }
 
 /// `haul child <role>`: what the binary does when the agent starts it as a child.
@@ -295,6 +305,10 @@ pub fn main(role: &str) -> ExitCode {
         "workspace" => {
             serve::set_umask(0o022);
             super::workspace::main()
+        }
+        "upkeep" => {
+            serve::set_umask(0o077);
+            super::mirror::main()
         }
         _ => ExitCode::from(2),
     }

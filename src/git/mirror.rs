@@ -1,5 +1,11 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod flight;
+mod lfs;
+mod lock;
+mod packs;
+mod repack;
+mod repair;
 mod send;
 mod tip;
 mod underway;
@@ -7,44 +13,52 @@ mod upkeep;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fmt::Write as _,
-    fs::{File, OpenOptions},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    fmt::{self, Write as _},
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, Weak},
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex},
+    time::SystemTime,
 };
 
 use futures_util::future::BoxFuture;
-use rustix::{
-    fs::{FlockOperation, flock},
-    io::Errno,
-};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use self::{
+    flight::{Desk, Flights, Seat, Turn},
+    upkeep::Upkeep,
+};
 use super::{
     Run,
-    child::{self, Children, Role},
+    child::Children,
     credential::CredentialFile,
+    hosts::Hosts,
     policy::Policy,
+    room::blamed,
     settings::GitSettings,
     transfer::{self, Heard},
 };
 use crate::{
-    failure::Failure,
-    protocol::{CredentialName, GitUrl, Scheme},
+    failure::{ErrorClass, Failure},
+    protocol::{CredentialName, GitUrl, HostState, Progress, Scheme},
 };
 
-/// How often a lock that somebody holds is tried again.
-const LOCK_POLL: Duration = Duration::from_millis(50);
+pub(super) use self::{
+    packs::{damage, names as packs, record},
+    repack::main,
+    send::read_head,
+    upkeep::sweep,
+};
 
-pub(super) use self::send::read_head;
-pub(crate) use self::send::send as send_objects;
-pub(crate) use self::underway::{Came, Hold as Held, Underway};
-pub(super) use self::upkeep::sweep;
+pub(crate) use self::{
+    send::send as send_objects,
+    tip::Tip,
+    underway::{Came, Hold as Held, Underway},
+};
 
 /// What a fetch is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,22 +125,28 @@ pub struct Fetched {
 /// What keeps the objects where they are.
 #[derive(Debug)]
 enum Hold {
-    /// The shared lock of a mirror; whoever removes packs takes the exclusive one.
-    Mirror { _lock: File },
+    /// A use of a mirror.
+    Mirror { _lease: Lease },
     /// A tip store, which goes with this.
     Tip { _store: tip::Store },
 }
 
-/// The mirrors of one storage directory.
+/// The mirrors of one storage directory. Cheap to clone.
+#[derive(Clone)]
 pub struct Mirrors {
     directory: PathBuf,
     settings: GitSettings,
     policy: Policy,
     children: Children,
-    /// One transfer at a time into each mirror.
-    flights: Mutex<HashMap<String, Weak<Flight>>>,
+    hosts: Arc<Hosts>,
+    /// How many bytes of the disk are to stay free.
+    reserve: u64,
+    /// One writer at a time into each mirror.
+    flights: Arc<Flights>,
+    /// What is done for the mirrors beside the tasks.
+    upkeep: Arc<Upkeep>,
     /// Fetches that whoever began them left to go on; a mirror that is removed stops its own.
-    ahead: Mutex<HashMap<String, CancellationToken>>,
+    ahead: Arc<Mutex<HashMap<String, CancellationToken>>>,
     /// Stops all of them.
     closed: CancellationToken,
 }
@@ -139,28 +159,64 @@ struct Ahead<'a> {
     pause: watch::Receiver<bool>,
 }
 
-type Flight = tokio::sync::Mutex<()>;
+/// Keeps a mirror as it is. With its end begins the upkeep that its use gave cause for.
+struct Lease {
+    /// The shared lock; whoever takes something out of the mirror needs the exclusive one.
+    lock: Option<File>,
+    mirrors: Mirrors,
+    request: transfer::Request,
+    /// Whether something was received, or may have been left by what died.
+    changed: bool,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.lock = None;
+        if self.changed {
+            self.mirrors.tend(&self.request);
+        }
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease").field("changed", &self.changed).finish_non_exhaustive()
+    }
+}
 
 impl Mirrors {
-    /// Opens `<storage>/.haul/mirrors` and sweeps what killed transfers left.
+    /// Opens `<storage>/.haul/mirrors`, sweeps what killed transfers left, and heeds the budget.
     ///
     /// # Errors
     /// When the directory cannot be made or read.
     pub async fn open(storage: &Path, settings: &GitSettings, children: Children) -> Result<Self, Failure> {
         let directory = storage.join(".haul").join("mirrors");
-        let swept = directory.clone();
-        tokio::task::spawn_blocking(move || upkeep::sweep_all(&swept))
-            .await
-            .map_err(|error| Failure::internal(format!("sweeping the mirrors failed: {error}")))??;
+        let (swept, budget) = (directory.clone(), settings.mirror_budget.as_u64());
+        tokio::task::spawn_blocking(move || {
+            upkeep::sweep_all(&swept)?;
+            upkeep::evict(&swept, budget)
+        })
+        .await
+        .map_err(|error| Failure::internal(format!("sweeping the mirrors failed: {error}")))??;
         Ok(Self {
             directory,
             settings: settings.clone(),
             policy: Policy::from(settings),
             children,
-            flights: Mutex::default(),
-            ahead: Mutex::default(),
+            hosts: Arc::new(Hosts::new(settings)),
+            reserve: 0,
+            flights: Arc::default(),
+            upkeep: Arc::default(),
+            ahead: Arc::default(),
             closed: CancellationToken::new(),
         })
+    }
+
+    /// The same, and no transfer goes on where fewer bytes than `reserve` are free.
+    #[must_use]
+    pub fn keeping_free(mut self, reserve: u64) -> Self {
+        self.reserve = reserve;
+        self
     }
 
     /// What can be said about an address without asking anybody: scheme, host patterns, literal addresses.
@@ -174,8 +230,11 @@ impl Mirrors {
     /// Brings the mirror of `url` up to what `want` needs.
     ///
     /// The upstream is asked for its refs each time, with this task's own credential; a pack is asked for only if
-    /// the mirror lacks something. Of several fetches into one mirror one works, the others wait and then ask for
-    /// themselves.
+    /// the mirror lacks something. Of several fetches into one mirror all list at once and one receives; the others
+    /// wait for it, and receive only what is still missing then
+    /// (`fifty_fetches_of_a_cold_upstream_are_fifty_listings_and_one_pack`).
+    ///
+    /// A mirror that turns out to be damaged is put aside and fetched anew, once.
     ///
     /// # Errors
     /// A failure that carries its decision.
@@ -198,82 +257,173 @@ impl Mirrors {
         ahead: Option<Ahead<'_>>,
         run: &Run<'_>,
     ) -> Result<Fetched, Failure> {
-        let mut request = self.request(url, credential, want)?;
-        request.tell = ahead.is_some();
-        let children =
-            ahead.as_ref().map_or_else(|| self.children.clone(), |ahead| self.children.pausing(ahead.pause.clone()));
-        let heard = ahead.map(|ahead| ahead.heard);
+        let ahead = ahead.as_ref();
         let key = key(url.as_str(), credential.map(CredentialName::as_str));
-        let path = self.directory.join(format!("{key}.git"));
-        let flight = self.flight(&key);
-        let _turn = child::within(run, None, flight.lock()).await?;
-        let lock_path = self.directory.join(format!("{key}.lock"));
-        let lock = lock_shared(lock_path.clone(), run).await?;
-        make_directory(&path)?;
-        request.mirror.clone_from(&path);
-        let hear = |question| {
-            if let (Ok(transfer::Question::Heard(what)), Some(heard)) = (serde_json::from_value(question), heard) {
-                heard(what);
+        let begun = SystemTime::now();
+        let request = self.request(url, credential, want, &key, run)?;
+        let lock = lock::shared(self.lock_path(&key), run).await;
+        let lock = lock.map_err(|failure| blamed(failure, &[&self.directory]))?;
+        // A transfer that is dropped or fails may leave something to sweep.
+        let mut lease = Lease { lock: Some(lock), mirrors: self.clone(), request, changed: true };
+        let landed = match self.transfer(&key, &lease.request, ahead, run).await {
+            (Ok(transfer::Landed::Damaged { damaged }), turn) => {
+                self.replace(&key, &damaged, None, turn, run).await?;
+                self.transfer(&key, &lease.request, ahead, run).await.0
             }
-            let answer: BoxFuture<'_, _> = Box::pin(async { Ok(serde_json::Value::Null) });
-            answer
+            (Err(failure), turn) if failure.class == ErrorClass::Corrupt => {
+                if self.replace(&key, &failure.message, Some(begun), turn, run).await? {
+                    self.transfer(&key, &lease.request, ahead, run).await.0
+                } else {
+                    Err(failure)
+                }
+            }
+            (landed, _) => landed,
         };
-        let answer: Result<transfer::Answer, _> =
-            children.run_asking(Role::Transfer, &request, Vec::new(), run, hear).await;
-        // Goes only if it is empty.
-        if answer.is_err() && std::fs::remove_dir(&path).is_ok() {
-            // Nothing came of it, so there is nothing to lock, and we still have the turn: a thousand refused
-            // addresses leave no thousand files.
-            let _ = std::fs::remove_file(&lock_path);
-        }
-        let answer = answer?;
+        let answer = match landed {
+            Ok(transfer::Landed::Brought(answer)) => answer,
+            Ok(transfer::Landed::Damaged { damaged }) => {
+                return Err(Failure::new(ErrorClass::Corrupt, format!("a mirror of this node is damaged: {damaged}")));
+            }
+            Err(failure) => {
+                lease.changed = !self.forget_empty(&key, &mut lease.lock);
+                return Err(failure);
+            }
+        };
+        lease.changed = answer.source == Source::Upstream;
         Ok(Fetched {
-            path,
+            path: lease.request.mirror.clone(),
             listing: answer.listing,
             objects: answer.objects,
             received_bytes: answer.received_bytes,
             source: answer.source,
             shallow: answer.shallow,
-            _hold: Hold::Mirror { _lock: lock },
+            _hold: Hold::Mirror { _lease: lease },
         })
     }
 
-    /// What a transfer child is told of an upstream; where it writes is left to the caller.
+    /// How the hosts are that have transfers or are left alone.
+    #[must_use]
+    pub fn hosts(&self) -> Vec<HostState> {
+        self.hosts.states()
+    }
+
+    /// What a transfer child is told.
     fn request(
         &self,
         url: &GitUrl,
         credential: Option<&CredentialName>,
         want: &Want,
+        key: &str,
+        run: &Run<'_>,
     ) -> Result<transfer::Request, Failure> {
         self.allow(url)?;
-        let file = match credential.filter(|_| url.scheme() != Scheme::File) {
-            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url.scheme())?),
+        let credential = match credential.filter(|_| url.scheme() != Scheme::File) {
+            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url)?),
             None => None,
         };
+        let of_host = self.settings.of_host(url.host());
         Ok(transfer::Request {
             url: url.as_str().to_owned(),
-            mirror: PathBuf::new(),
+            mirror: self.path(key),
             want: want.clone(),
             apart: None,
             tell: false,
-            credential: file,
+            credential,
             policy: self.policy.clone(),
-            ca_file: self.settings.ca_file.clone(),
+            ca_file: of_host.ca_file,
+            proxy: of_host.proxy,
+            reserve: self.reserve,
+            engine: self.settings.transport,
             known_hosts: self.settings.known_hosts.clone(),
             max_bytes: self.settings.max_bytes.as_u64(),
+            time_left: run.deadline.saturating_duration_since(tokio::time::Instant::now()),
         })
     }
 
-    /// The lock of one mirror within this process.
-    fn flight(&self, key: &str) -> Arc<Flight> {
-        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flight) = flights.get(key).and_then(Weak::upgrade) {
-            return flight;
+    /// Runs one transfer child; with its answer comes the right to write, if it needed that.
+    async fn transfer(
+        &self,
+        key: &str,
+        request: &transfer::Request,
+        ahead: Option<&Ahead<'_>>,
+        run: &Run<'_>,
+    ) -> (Result<transfer::Landed, Failure>, Option<Turn>) {
+        if let Err(error) = make_directory(&request.mirror) {
+            return (Err(error), None);
         }
-        flights.retain(|_, flight| flight.strong_count() > 0);
-        let flight = Arc::new(Flight::new(()));
-        flights.insert(key.to_owned(), Arc::downgrade(&flight));
-        flight
+        let seat = match self.seat(request, run).await {
+            Ok(seat) => seat,
+            Err(failure) => return (Err(failure), None),
+        };
+        let mut request = request.clone();
+        request.tell = ahead.is_some();
+        let paused = ahead.map(|ahead| self.children.pausing(ahead.pause.clone()));
+        let children = paused.as_ref().unwrap_or(&self.children);
+        let progress = |progress: Progress| {
+            seat.watch(&progress);
+            (run.progress)(progress);
+        };
+        let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
+        let desk = Desk::new(self.flights.of(key), &seat, ahead.map(|ahead| ahead.heard), run);
+        let answer = |question| desk.answer(question);
+        let fallback = self.settings.transport_fallback;
+        let landed = transfer::run(children, request, fallback, &watched, answer).await;
+        let turn = desk.into_turn();
+        (seat.settle(landed), turn)
+    }
+
+    /// Runs a transfer child that leaves the mirror alone. One that is `lent` the place of a fetch that stands still for
+    /// it takes none of its own.
+    async fn apart(&self, request: &transfer::Request, lent: bool, run: &Run<'_>) -> Result<transfer::Answer, Failure> {
+        let seat = if lent { None } else { Some(self.seat(request, run).await?) };
+        let progress = |progress: Progress| {
+            if let Some(seat) = &seat {
+                seat.watch(&progress);
+            }
+            (run.progress)(progress);
+        };
+        let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
+        let nothing = |_| -> BoxFuture<'_, Result<serde_json::Value, Failure>> {
+            Box::pin(async { Ok(serde_json::Value::Null) })
+        };
+        let fallback = self.settings.transport_fallback;
+        let landed = transfer::run(&self.children, request.clone(), fallback, &watched, nothing).await;
+        let landed = match seat {
+            Some(seat) => seat.settle(landed),
+            None => landed,
+        };
+        match landed? {
+            transfer::Landed::Brought(answer) => Ok(answer),
+            transfer::Landed::Damaged { damaged } => Err(Failure::internal(damaged)),
+        }
+    }
+
+    /// Takes a place at the upstream's host.
+    async fn seat(&self, request: &transfer::Request, run: &Run<'_>) -> Result<Seat, Failure> {
+        Seat::take(Arc::clone(&self.hosts), GitUrl::parse(&request.url)?, run).await
+    }
+
+    /// Removes the directory of a transfer that came to nothing, and its lock, if nobody else uses them: a thousand
+    /// refused addresses leave nothing behind. Whether it did.
+    fn forget_empty(&self, key: &str, lock: &mut Option<File>) -> bool {
+        let Some(_alone) = lock.take().and_then(lock::alone) else { return false };
+        // Only an empty directory can be removed this way.
+        match fs::remove_dir(self.path(key)) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(_) => return false,
+        }
+        fs::remove_file(self.lock_path(key)).is_ok()
+    }
+
+    /// Where a mirror is.
+    fn path(&self, key: &str) -> PathBuf {
+        self.directory.join(format!("{key}.git"))
+    }
+
+    /// Where its lock is.
+    fn lock_path(&self, key: &str) -> PathBuf {
+        self.directory.join(format!("{key}.lock"))
     }
 }
 
@@ -290,33 +440,9 @@ pub(super) fn key(url: &str, credential: Option<&str>) -> String {
     })
 }
 
-/// Makes the directory of a mirror: the child that fills it can write nothing beside it.
-fn make_directory(path: &Path) -> std::io::Result<()> {
-    match std::fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        other => other,
-    }
-}
-
-/// Takes the shared lock at `path`, which waits only for the upkeep of the mirror.
-async fn lock_shared(path: PathBuf, run: &Run<'_>) -> Result<File, Failure> {
-    let file = tokio::task::spawn_blocking(move || {
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
-        // Tells when the mirror was last used.
-        file.set_modified(SystemTime::now()).map(|()| file)
-    })
-    .await
-    .map_err(|error| Failure::internal(error.to_string()))??;
-    let taken = async {
-        loop {
-            match flock(&file, FlockOperation::NonBlockingLockShared) {
-                Err(Errno::WOULDBLOCK | Errno::INTR) => tokio::time::sleep(LOCK_POLL).await,
-                other => return other.map_err(std::io::Error::from),
-            }
-        }
-    };
-    child::within(run, None, taken).await??;
-    Ok(file)
+/// Makes the directory that a child fills, which can write nothing beside it.
+fn make_directory(path: &Path) -> Result<(), Failure> {
+    Ok(DirBuilder::new().recursive(true).mode(0o700).create(path)?)
 }
 
 #[cfg(test)]

@@ -1,6 +1,11 @@
 //! Whose projects are: the user and group that a project is made for and worked in as.
 
-use std::{ops::RangeInclusive, str::FromStr};
+use std::{
+    ops::RangeInclusive,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Deserializer, de::Error};
 
@@ -71,6 +76,15 @@ impl GitSettings {
     pub fn has_other_owners(&self, own: Owner) -> bool {
         self.run_as.is_some_and(|owner| owner != own) || self.owners.iter().any(|owners| !owners.only(own))
     }
+}
+
+/// The directory on the way to `projects` that others than its owner cannot pass, if there is one: then the owners of
+/// projects reach none of theirs.
+#[must_use]
+pub fn barred(projects: &Path) -> Option<PathBuf> {
+    let projects = projects.canonicalize().ok()?;
+    let shut = |path: &&Path| path.metadata().is_ok_and(|stat| stat.mode() & 0o001 == 0);
+    projects.ancestors().find(shut).map(Path::to_owned)
 }
 
 #[cfg(test)]

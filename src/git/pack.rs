@@ -93,7 +93,9 @@ fn pack(request: &Request, reporter: &Reporter) -> Result<Packed, Failure> {
     for want in &request.wants {
         let missing = || Failure::new(ErrorClass::NotFound, format!("the mirror has no object {want}"));
         let oid = Oid::from_str(want).map_err(|_| missing())?;
-        let object = repository.find_object(oid, None).map_err(|_| missing())?;
+        let unreadable =
+            |error: git2::Error| if error.code() == ErrorCode::NotFound { missing() } else { damaged(error) };
+        let object = repository.find_object(oid, None).map_err(unreadable)?;
         insert(&object, &mut builder, &mut walk).map_err(damaged)?;
     }
     for have in &request.haves {
@@ -165,4 +167,17 @@ fn write<'a>(mut builder: PackBuilder<'a>, into: &mut impl Write, reporter: &'a 
 fn damaged(error: git2::Error) -> Failure {
     let class = if error.code() == ErrorCode::Owner { ErrorClass::Forbidden } else { ErrorClass::Corrupt };
     Failure::new(class, format!("a mirror of this node cannot be read: {}", error.message()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pack_child_reads_one_mirror_and_writes_to_one_pipe() {
+        let request =
+            Request { mirror: "/m.git".into(), wants: Vec::new(), haves: Vec::new(), boundary: Vec::new(), into: 5 };
+        let wanted = Access { reads: vec!["/m.git".into()], descriptors: vec![5], ..Access::default() };
+        assert_eq!(request.access(), wanted);
+    }
 }

@@ -21,7 +21,13 @@ pub struct Policy {
     allow_loopback: bool,
     allow_private: bool,
     hosts: Vec<String>,
+    #[serde(default)]
+    ports: Vec<u16>,
 }
+
+/// Names that lead to a machine's own metadata service wherever they are resolved.
+const METADATA: [&str; 4] =
+    ["metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal"];
 
 /// What kind of address it is, as far as the policy cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,6 +47,7 @@ impl From<&GitSettings> for Policy {
             allow_loopback: settings.allow_loopback,
             allow_private: settings.allow_private,
             hosts: settings.hosts.clone(),
+            ports: settings.ports.clone(),
         }
     }
 }
@@ -67,6 +74,9 @@ impl Policy {
         if !self.hosts.is_empty() && !self.hosts.iter().any(|pattern| fits(host, pattern)) {
             return Err(Failure::forbidden(format!("the host {host} is not among git.hosts")));
         }
+        if !self.ports.is_empty() && !self.ports.contains(&url.port()) {
+            return Err(Failure::forbidden(format!("the port {} of {host} is not among git.ports", url.port())));
+        }
         match host.parse() {
             Ok(address) => self.allow_address(host, address),
             Err(_) => Ok(()),
@@ -89,6 +99,22 @@ impl Policy {
         Err(Failure::forbidden(format!("the host {host} is at {address}, {refused}; it is not connected to")))
     }
 
+    /// Judges a name that somebody else resolves: a proxy's answer is never seen here, so only what the name itself says
+    /// can be held against it. Literal addresses are judged by [`Policy::allow`].
+    ///
+    /// # Errors
+    /// `forbidden` for names of this machine and of metadata services.
+    pub fn allow_unresolved(&self, host: &str) -> Result<(), Failure> {
+        let refuse = |what: &str| Err(Failure::forbidden(format!("the host {host} {what}; it is not asked for")));
+        if !self.allow_loopback && (fits(host, "localhost") || fits(host, "*.localhost")) {
+            return refuse("is a name of this machine (git.allow_loopback)");
+        }
+        if METADATA.iter().any(|name| fits(host, name)) {
+            return refuse("is a metadata service");
+        }
+        Ok(())
+    }
+
     /// Whether a credential may travel to `address` without encryption: only inside this machine.
     #[must_use]
     pub fn is_loopback(address: IpAddr) -> bool {
@@ -96,10 +122,13 @@ impl Policy {
     }
 }
 
-/// Whether `host` is what `pattern` names: itself, or for `*.rest` anything below `rest`.
+/// Whether `host` is what `pattern` names: itself, for `*.rest` anything below `rest`, for `*` anything.
 pub(super) fn fits(host: &str, pattern: &str) -> bool {
     let host = host.trim_end_matches('.').to_ascii_lowercase();
     let pattern = pattern.trim_end_matches('.').to_ascii_lowercase();
+    if pattern == "*" {
+        return true;
+    }
     match pattern.strip_prefix("*.") {
         Some(rest) => host.strip_suffix(rest).is_some_and(|front| front.len() > 1 && front.ends_with('.')),
         None => host == pattern,
@@ -173,7 +202,7 @@ mod tests {
     use crate::failure::ErrorClass;
 
     fn open() -> Policy {
-        Policy { allow_http: true, allow_file: true, allow_loopback: true, allow_private: true, hosts: Vec::new() }
+        Policy { allow_http: true, allow_file: true, allow_loopback: true, allow_private: true, ..Policy::default() }
     }
 
     fn shut() -> Policy {
@@ -330,6 +359,8 @@ mod tests {
             ("evilgit.example", "*.git.example", false),
             (".git.example", "*.git.example", false),
             ("git.example.evil", "git.example", false),
+            ("git.example", "*", true),
+            ("git.example", "*example", false),
         ] {
             assert_eq!(fits(host, pattern), fits_it, "{host} {pattern}");
         }
@@ -337,5 +368,34 @@ mod tests {
         assert!(policy.allow(&GitUrl::parse("https://a.git.example/x").unwrap()).is_ok());
         assert!(policy.allow(&GitUrl::parse("https://other.example/x").unwrap()).is_err());
         assert!(policy.allow(&GitUrl::parse("https://8.8.8.8/x").unwrap()).is_err());
+    }
+
+    #[test]
+    fn ports_may_be_limited() {
+        let policy = Policy { ports: vec![443, 22], ..open() };
+        let allow = |text| policy.allow(&GitUrl::parse(text).unwrap()).is_ok();
+        for (text, allowed) in [
+            ("https://git.example/x", true),
+            ("ssh://git.example/x", true),
+            ("https://git.example:6379/x", false),
+            ("http://git.example/x", false),
+            ("file:///srv/x", true),
+        ] {
+            assert_eq!(allow(text), allowed, "{text}");
+        }
+    }
+
+    #[test]
+    fn names_that_a_proxy_would_resolve_are_judged_as_names() {
+        for (host, shut_allows, open_allows) in [
+            ("git.example", true, true),
+            ("localhost", false, true),
+            ("LOCALHOST.", false, true),
+            ("a.localhost", false, true),
+            ("metadata.google.internal", false, false),
+        ] {
+            assert_eq!(shut().allow_unresolved(host).is_ok(), shut_allows, "{host}");
+            assert_eq!(open().allow_unresolved(host).is_ok(), open_allows, "{host}");
+        }
     }
 }

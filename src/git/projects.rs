@@ -14,6 +14,7 @@
 
 mod binding;
 mod dir;
+mod inner;
 mod notes;
 mod objects;
 mod remove;
@@ -295,7 +296,18 @@ impl Projects {
         let applied = applied.or(former.map(|former| former.applied));
         let mut tombstone = Tombstone { project, applied: applied.unwrap_or_default() };
         tombstone.applied.advance(stamp);
-        self.gone.write_durably(&project.to_string(), &text(&tombstone)?)?;
+        let text = text(&tombstone)?;
+        let mut noted = self.gone.write_durably(&project.to_string(), &text);
+        if let (Err(error), Some(name), Some(binding)) = (&noted, &buried, &binding) {
+            if error.kind() == io::ErrorKind::StorageFull {
+                // Deleting is what makes room. The project is out of view, and a start sweeps what is left of it.
+                remove::remove(&self.trash, OsStr::new(name), &mut || true)?;
+                noted = self.gone.write_durably(&project.to_string(), &text);
+            } else {
+                self.trash.rename_to(name, &self.root, &binding.target)?;
+            }
+        }
+        noted?;
         self.known().tombstones.insert(project, tombstone);
         if let Some(binding) = binding {
             self.owners.unlink_durably(&binding.target)?;

@@ -1,8 +1,9 @@
-//! Whether a disk has room for what is about to be written.
+//! Whether a disk has room for what is about to be written, and whether it is to blame for what failed.
 
 use std::path::Path;
 
 use bytesize::ByteSize;
+use rustix::fs::{AtFlags, CWD, StatVfsMountFlags, StatxAttributes, StatxFlags, statvfs, statx};
 
 use crate::failure::{ErrorClass, Failure};
 
@@ -27,9 +28,67 @@ pub(crate) fn room(place: &Path, whose: &str, bytes: u64, reserve: u64) -> Resul
     ))
 }
 
+/// What a kernel says where a file system refuses: no space, no quota, no writes, a device that fails.
+const REFUSALS: [&str; 4] =
+    ["No space left on device", "Disk quota exceeded", "Read-only file system", "Input/output error"];
+/// The same as numbers, for libraries that drop the words.
+const NUMBERS: [&str; 4] = ["os error 28)", "os error 122)", "os error 30)", "os error 5)"];
+
+/// Whether the words of an error are those of a file system that refuses.
+pub(crate) fn refused(words: &str) -> bool {
+    REFUSALS.iter().chain(&NUMBERS).any(|text| words.contains(text))
+}
+
+/// The failure of class `disk` in place of one that a library could not explain, where the disk is to blame: the words
+/// of the kernel are in it, or one of `places` takes nothing just now. Others stay what they are.
+pub(crate) fn blamed(failure: Failure, places: &[&Path]) -> Failure {
+    if !matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) {
+        return failure;
+    }
+    let message = if refused(&failure.message) {
+        failure.message
+    } else if let Some(why) = places.iter().find_map(|place| refusal(place)) {
+        format!("{} ({why})", failure.message)
+    } else {
+        return failure;
+    };
+    Failure::new(ErrorClass::Disk, message)
+}
+
+/// Why nothing can be written at `place` just now, if that is so.
+pub(crate) fn refusal(place: &Path) -> Option<&'static str> {
+    if let Ok(disk) = statvfs(place) {
+        if disk.f_bavail == 0 {
+            return Some("the disk is full");
+        } else if disk.f_files > 0 && disk.f_favail == 0 {
+            return Some("the disk has no inodes left");
+        } else if disk.f_flag.contains(StatVfsMountFlags::RDONLY) {
+            return Some("the file system is read-only");
+        }
+    }
+    let fixed = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
+    let stat = statx(CWD, place, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::empty()).ok()?;
+    stat.stx_attributes.intersects(fixed).then_some("the directory is immutable (chattr -i)")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_a_disk_refused_is_blamed_on_it() {
+        let place = tempfile::tempdir().unwrap();
+        let class = |failure: Failure| blamed(failure, &[place.path()]).class;
+        for (failure, expected) in [
+            (Failure::internal("x: No space left on device (os error 28)"), ErrorClass::Disk),
+            (Failure::internal("x: IO error (os error 5)"), ErrorClass::Disk),
+            (Failure::new(ErrorClass::Corrupt, "write error: Input/output error"), ErrorClass::Disk),
+            (Failure::internal("x"), ErrorClass::Internal),
+            (Failure::conflict("No space left on device"), ErrorClass::Conflict),
+        ] {
+            assert_eq!(class(failure.clone()), expected, "{failure}");
+        }
+    }
 
     #[test]
     fn what_would_use_up_the_reserve_waits_and_says_what_is_missing() {

@@ -6,9 +6,14 @@
 mod address;
 mod bare;
 mod budget;
+mod command;
+mod early;
 mod gitoxide;
 mod http;
+mod journey;
+mod lfs;
 mod meter;
+mod milestones;
 mod process;
 mod status;
 mod verdict;
@@ -18,25 +23,34 @@ use std::{
     num::NonZeroU32,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use futures_util::future::BoxFuture;
 use gix_transport::{Protocol, client::blocking_io::http::connect_http};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+pub(super) use self::lfs::{LfsAnswer, LfsRequest};
 use self::{
-    bare::Bare,
+    address::Route,
+    bare::{Bare, Found},
     budget::Budget,
+    command::GitCommand,
     gitoxide::{Bounds, Gitoxide},
+    journey::Journey,
     meter::Meter,
     process::Program,
     verdict::Verdict,
 };
 use super::{
-    child::{Access, Confined, Reporter, serve},
+    Run,
+    child::{Access, Children, Confined, Reporter, Role, serve},
     credential::CredentialFile,
     mirror::{Listing, Source, Want},
     policy::Policy,
+    room::blamed,
+    settings::{Engine, Proxy},
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -47,11 +61,11 @@ use crate::{
 const TICK: Duration = Duration::from_millis(250);
 
 /// What a transfer child is told.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Request {
     /// The upstream.
     pub(super) url: String,
-    /// Where the mirror is or shall be.
+    /// The directory that the mirror is in or shall be in; nothing outside it is written.
     pub(super) mirror: PathBuf,
     /// What for.
     pub(super) want: Want,
@@ -67,10 +81,22 @@ pub(super) struct Request {
     pub(super) policy: Policy,
     /// Trusted certificate authorities, instead of the system's.
     pub(super) ca_file: Option<PathBuf>,
+    /// The proxy that leads to the upstream.
+    #[serde(default)]
+    pub(super) proxy: Option<Proxy>,
     /// Known hosts for ssh.
     pub(super) known_hosts: Option<PathBuf>,
     /// The most bytes it may receive.
     pub(super) max_bytes: u64,
+    /// How many bytes of the disk are to stay free.
+    #[serde(default)]
+    pub(super) reserve: u64,
+    /// What speaks with the upstream.
+    #[serde(default)]
+    pub(super) engine: Engine,
+    /// How long until the deadline.
+    #[serde(default)]
+    pub(super) time_left: Duration,
 }
 
 /// A transfer that leaves the mirror alone.
@@ -90,11 +116,16 @@ pub(super) enum Apart {
     },
 }
 
-/// What a transfer child asks the agent; it is told nothing.
-#[derive(Debug, Serialize, Deserialize)]
+/// What a transfer child asks the agent.
+#[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Question {
-    /// The upstream listed its refs, and something has to be received.
+    /// Something has to be written; may I, as the only one? The answer comes when that is so.
+    Turn,
+    /// The upstream is to be spoken to again after a wait for the turn, during which others had our place at it. The
+    /// answer says nothing.
+    Place,
+    /// This is about to be received. The answer says nothing.
     Heard(Heard),
 }
 
@@ -105,6 +136,26 @@ pub(crate) struct Heard {
     pub(crate) listing: Listing,
     /// What of it the mirror lacks.
     pub(crate) lacking: BTreeSet<String>,
+}
+
+/// The answer to [`Question::Turn`]; the right lasts as long as the child.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Granted {
+    /// Whether somebody else was writing, so that what was seen before may be different now.
+    pub(super) waited: bool,
+}
+
+/// What became of a transfer.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Landed {
+    /// The mirror has what was asked for.
+    Brought(Answer),
+    /// The mirror cannot be used and is to be put aside.
+    Damaged {
+        /// What is wrong with it.
+        damaged: String,
+    },
 }
 
 impl Confined for Request {
@@ -119,7 +170,7 @@ impl Confined for Request {
             // A listing alone writes nothing.
             writes: if matches!(self.apart, Some(Apart::List)) { Vec::new() } else { vec![self.mirror.clone()] },
             network: true,
-            programs: matches!(scheme, Some((Scheme::Ssh | Scheme::File, _))),
+            programs: self.engine == Engine::Git || matches!(scheme, Some((Scheme::Ssh | Scheme::File, _))),
             ..Access::default()
         }
     }
@@ -163,49 +214,121 @@ trait Transport {
         wants: &BTreeSet<String>,
         depth: Option<NonZeroU32>,
     ) -> Result<Received, Failure>;
+
+    /// Where the upstream would cut the history of `tip` so that it is `depth` commits deep: the last commits that would
+    /// still be sent, none if that is all of it. `None` where it cannot be asked. The conversation is over after this.
+    fn boundary(&mut self, _tip: &str, _depth: u32) -> Result<Option<BTreeSet<String>>, Failure> {
+        Ok(None)
+    }
+}
+
+/// What a transfer child may be told; the fields of the two have different names.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Order {
+    Lfs(Box<LfsRequest>),
+    Fetch(Box<Request>),
+}
+
+impl Confined for Order {
+    fn access(&self) -> Access {
+        match self {
+            Self::Lfs(request) => request.access(),
+            Self::Fetch(request) => request.access(),
+        }
+    }
+}
+
+/// Has a child do `request`. With `fallback`, what the first engine could not do for a reason of its own is tried again
+/// with the `git` command, in the same attempt.
+///
+/// # Errors
+/// A failure that carries its decision: the second one's, unless it did no better.
+pub(super) async fn run<'a>(
+    children: &Children,
+    mut request: Request,
+    fallback: bool,
+    run: &Run<'_>,
+    answer: impl Fn(Value) -> BoxFuture<'a, Result<Value, Failure>> + Send + Sync,
+) -> Result<Landed, Failure> {
+    let first = children.run_asking(Role::Transfer, &request, Vec::new(), run, &answer).await;
+    // One that was killed shows nothing about the engine, and what it had received helps only the same one.
+    let own = |failure: &Failure| {
+        matches!(failure.class, ErrorClass::Corrupt | ErrorClass::Internal) && !failure.deferred && !failure.killed
+    };
+    let failure = match first {
+        Err(failure) if fallback && request.engine == Engine::Gix && own(&failure) && !run.cancel.is_cancelled() => {
+            failure
+        }
+        other => return other,
+    };
+    tracing::warn!(error = %failure, "a transfer failed in a way that may be ours; the git command tries it again");
+    request.engine = Engine::Git;
+    match children.run_asking(Role::Transfer, &request, Vec::new(), run, &answer).await {
+        Err(second) if run.cancel.is_cancelled() => Err(second),
+        Err(second) if own(&second) => {
+            let message = format!("{}; the git command did no better: {}", failure.message, second.message);
+            Err(Failure { message, ..failure })
+        }
+        other => other,
+    }
 }
 
 /// `haul child transfer`.
 pub(super) fn main() -> ExitCode {
-    serve(|request: Request, reporter| transfer(&request, reporter))
+    serve(|order: Order, reporter| match order {
+        Order::Lfs(request) => value(lfs::fetch(&request, reporter)?),
+        Order::Fetch(request) => value(transfer(&request, reporter)?),
+    })
 }
 
-fn transfer(request: &Request, reporter: &Reporter) -> Result<Answer, Failure> {
+fn value(answer: impl Serialize) -> Result<serde_json::Value, Failure> {
+    serde_json::to_value(answer).map_err(|error| Failure::internal(error.to_string()))
+}
+
+fn transfer(request: &Request, reporter: &Reporter) -> Result<Landed, Failure> {
     let url = GitUrl::parse(&request.url)?;
     request.policy.allow(&url)?;
     let meter = Meter::default();
-    meter.reporting(TICK, reporter, || {
-        let mut transport = connect(request, &url, &meter)?;
+    let transferred = meter.reporting(TICK, reporter, || {
+        let connect = || connect(request, &url, &meter);
         match &request.apart {
-            None => {
-                let tell = |heard| if request.tell { reporter.ask(&Question::Heard(heard)) } else { Ok(()) };
-                mirrored(&request.mirror, &request.want, transport.as_mut(), tell)
-            }
+            None => mirrored(request, &Journey { connect: &connect, meter: &meter, reporter, begun: Instant::now() }),
             Some(Apart::List) => {
-                let listing = transport.list()?;
-                Ok(Answer { listing, objects: 0, received_bytes: 0, source: Source::Mirror, shallow: Vec::new() })
+                let listing = connect()?.list()?;
+                let source = Source::Mirror;
+                let answer = Answer { listing, objects: 0, received_bytes: 0, source, shallow: Vec::new() };
+                Ok(Landed::Brought(answer))
             }
             Some(Apart::Tip { listing, wants, depth }) => {
-                tipped(&request.mirror, listing, wants, *depth, transport.as_mut())
+                tipped(&request.mirror, listing, wants, *depth, connect()?.as_mut())
             }
         }
-    })
+    });
+    let places = [Some(request.mirror.as_path()), request.mirror.parent()];
+    transferred.map_err(|failure| blamed(failure, &places.into_iter().flatten().collect::<Vec<_>>()))
 }
 
 /// The transport that fits `url`.
 fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<dyn Transport + 'a>, Failure> {
+    if request.engine == Engine::Git {
+        return Ok(Box::new(GitCommand::new(request, url, meter)?));
+    }
     let verdict = Verdict::default();
-    let budget = Budget::new(verdict.clone(), meter.moved());
+    let mut budget = Budget::new(verdict.clone(), meter.received());
+    if let Some(place) = request.mirror.parent() {
+        budget = budget.keeping_free(place, request.reserve);
+    }
     let bounds = Bounds { verdict: verdict.clone(), budget: budget.clone(), max_bytes: request.max_bytes };
     let program = match url.scheme() {
         Scheme::Https | Scheme::Http => {
             let login = request.credential.as_ref().map(|file| file.login(url.host())).transpose()?;
-            let http = http::Client::new(request, url, login.as_ref(), verdict, budget)?;
+            let http = http::Client::new(request, url, login.as_ref(), &address::system, verdict, budget)?;
             let address = gix::Url::try_from(url.as_str()).map_err(|error| Failure::invalid(error.to_string()))?;
             return Ok(Box::new(Gitoxide::new(connect_http(http, address, Protocol::V2, false), bounds, meter)));
         }
         Scheme::Ssh => {
-            let address = address::lookup(url.host(), url.port(), &request.policy)?[0].ip();
+            let address = Route::of(request, url, &address::system)?.for_ssh(url)?;
             let key = request.credential.as_ref().map(|file| file.path.as_path());
             Program::ssh(url, address, key, request.known_hosts.as_deref())?
         }
@@ -214,62 +337,61 @@ fn connect<'a>(request: &Request, url: &GitUrl, meter: &'a Meter) -> Result<Box<
     Ok(Box::new(Gitoxide::new(program.start(verdict, budget)?, bounds, meter)))
 }
 
-/// Brings the mirror at `path` up to what `want` needs.
+/// Brings the mirror up to what `request` wants.
 ///
-/// `tell` hears of what has to be received, if anything has.
-fn mirrored(
-    path: &Path,
-    want: &Want,
-    transport: &mut dyn Transport,
-    tell: impl FnOnce(Heard) -> Result<(), Failure>,
-) -> Result<Answer, Failure> {
-    let listing = transport.list()?;
-    let mut wants: BTreeSet<String> = match want {
-        Want::All | Want::Commit(_) => listing.refs.values().cloned().collect(),
-        Want::Branch(branch) => {
-            let oid = listing.refs.get(&format!("refs/heads/{branch}")).ok_or_else(|| {
-                Failure::new(ErrorClass::NotFound, format!("the upstream has no branch \"{branch}\""))
-            })?;
-            BTreeSet::from([oid.clone()])
-        }
+/// Whoever finds everything there only reads. Whoever does not asks for the right to write, looks again, since others
+/// may have brought it meanwhile, and lists again if something is still missing then.
+fn mirrored(request: &Request, journey: &Journey<'_>) -> Result<Landed, Failure> {
+    let (path, want) = (&request.mirror, &request.want);
+    let mut transport = (journey.connect)()?;
+    let mut listing = transport.list()?;
+    let mut wants = wanted(want, &listing)?;
+    if let Found::Whole(bare) = Bare::find(path)?
+        && bare.lacks(&wants, want).is_empty()
+        && let Some(listing) = bare.serves(&listing, want)?
+    {
+        return brought(&bare, listing, want, Received::default());
+    }
+    let granted: Granted = journey.reporter.ask(&Question::Turn)?;
+    let mut bare = match Bare::find(path)? {
+        Found::Whole(bare) => bare,
+        // An upstream that refuses the listing leaves no trace on the disk.
+        Found::Nothing => Bare::create(path)?,
+        Found::Damaged(damaged) => return Ok(Landed::Damaged { damaged }),
     };
-    // An upstream that refuses the listing leaves no trace on the disk.
-    let mut bare = Bare::open_or_create(path)?;
+    bare.sweep()?;
+    if granted.waited && !bare.lacks(&wants, want).is_empty() {
+        // What was listed before the wait may be gone by now, and the upstream may have hung up.
+        journey.reporter.ask::<_, ()>(&Question::Place)?;
+        transport = (journey.connect)()?;
+        listing = transport.list()?;
+        wants = wanted(want, &listing)?;
+    }
+    let lacking = bare.lacks(&wants, want);
+    if request.tell && !lacking.is_empty() {
+        journey.reporter.ask::<_, ()>(&Question::Heard(Heard { listing: listing.clone(), lacking }))?;
+    }
     bare.retain_missing(&mut wants);
-    let mut lacking = wants.clone();
-    if let Want::Commit(oid) = want {
-        lacking.insert(oid.clone());
-        bare.retain_missing(&mut lacking);
-    }
-    if !lacking.is_empty() {
-        tell(Heard { listing: listing.clone(), lacking })?;
-    }
     let mut received = Received::default();
-    let mut source = Source::Mirror;
     if !wants.is_empty() {
-        received = transport.receive(&bare, &wants, None)?;
-        source = Source::Upstream;
-        bare.refresh()?;
+        received = journey.receive(&mut bare, &mut transport, &wants, &listing, request.time_left)?;
         bare.retain_missing(&mut wants);
         if let Some(oid) = wants.first() {
             let message = format!("the upstream listed {oid} but did not send it");
             return Err(Failure::new(ErrorClass::Network, message));
         }
     }
-    let listing = bare.adopt(listing, want)?;
-    if let Want::Commit(oid) = want {
-        let mut wants = BTreeSet::from([oid.clone()]);
-        bare.retain_missing(&mut wants);
-        if !wants.is_empty() {
-            // Not below any ref: most servers hand it out all the same if they have it.
-            let more = transport.receive(&bare, &wants, None).map_err(|failure| unless_absent(failure, oid))?;
-            received = Received { objects: received.objects + more.objects, bytes: received.bytes + more.bytes };
-            source = Source::Upstream;
-            bare.refresh()?;
-        }
-        bare.require_commit(oid)?;
+    let listing = bare.adopt(&listing, want)?;
+    if let Want::Commit(oid) = want
+        && !bare.has(oid)
+    {
+        // Not below any ref: most servers hand it out all the same if they have it.
+        let wants = BTreeSet::from([oid.clone()]);
+        let more = transport.receive(&bare, &wants, None).map_err(|failure| unless_absent(failure, oid))?;
+        received = Received { objects: received.objects + more.objects, bytes: received.bytes + more.bytes };
+        bare.take_in(&wants, journey.reporter)?;
     }
-    Ok(Answer { listing, objects: received.objects, received_bytes: received.bytes, source, shallow: Vec::new() })
+    brought(&bare, listing, want, received)
 }
 
 /// Fills the tip store at `path`, anew, with `depth` commits of the history of each of `wants`.
@@ -279,7 +401,7 @@ fn tipped(
     wants: &[String],
     depth: u32,
     transport: &mut dyn Transport,
-) -> Result<Answer, Failure> {
+) -> Result<Landed, Failure> {
     // Listed as for every transfer: that is the authorisation. What it says by now is the next task's matter.
     transport.list()?;
     let listed: BTreeSet<&String> = listing.refs.values().chain(listing.peeled.values()).collect();
@@ -301,8 +423,31 @@ fn tipped(
         return Err(Failure::new(ErrorClass::Network, format!("the upstream did not send {oid}")));
     }
     let shallow = bare.shallow()?;
-    let listing = bare.adopt(listing.clone(), &Want::All)?;
-    Ok(Answer { listing, objects: received.objects, received_bytes: received.bytes, source: Source::Upstream, shallow })
+    let listing = bare.adopt(listing, &Want::All)?;
+    let (Received { objects, bytes: received_bytes }, source) = (received, Source::Upstream);
+    Ok(Landed::Brought(Answer { listing, objects, received_bytes, source, shallow }))
+}
+
+/// The objects that `want` needs of `listing`.
+fn wanted(want: &Want, listing: &Listing) -> Result<BTreeSet<String>, Failure> {
+    match want {
+        Want::All | Want::Commit(_) => Ok(listing.refs.values().cloned().collect()),
+        Want::Branch(branch) => {
+            let oid = listing.refs.get(&format!("refs/heads/{branch}")).ok_or_else(|| {
+                Failure::new(ErrorClass::NotFound, format!("the upstream has no branch \"{branch}\""))
+            })?;
+            Ok(BTreeSet::from([oid.clone()]))
+        }
+    }
+}
+
+fn brought(bare: &Bare, listing: Listing, want: &Want, received: Received) -> Result<Landed, Failure> {
+    if let Want::Commit(oid) = want {
+        bare.require_commit(oid)?;
+    }
+    let source = if received.bytes > 0 { Source::Upstream } else { Source::Mirror };
+    let Received { objects, bytes: received_bytes } = received;
+    Ok(Landed::Brought(Answer { listing, objects, received_bytes, source, shallow: Vec::new() }))
 }
 
 /// `not_found` where the upstream says that it has no such object.
@@ -311,4 +456,41 @@ fn unless_absent(failure: Failure, oid: &str) -> Failure {
         return Failure::new(ErrorClass::NotFound, format!("the upstream has no commit {oid}"));
     }
     failure
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::git::GitSettings;
+
+    #[test]
+    fn a_transfer_child_writes_one_mirror_and_runs_programs_only_where_the_scheme_needs_them() {
+        let access = |url: &str| {
+            let request = Request {
+                url: url.to_owned(),
+                mirror: "/m.git".into(),
+                want: Want::All,
+                apart: None,
+                tell: false,
+                credential: None,
+                policy: Policy::from(&GitSettings::default()),
+                ca_file: Some("/ca.pem".into()),
+                proxy: None,
+                known_hosts: None,
+                max_bytes: 1,
+                reserve: 0,
+                engine: Engine::Gix,
+                time_left: Duration::ZERO,
+            };
+            request.access()
+        };
+        let https = access("https://git.example/x.git");
+        let wanted =
+            Access { reads: vec!["/ca.pem".into()], writes: vec!["/m.git".into()], network: true, ..Access::default() };
+        assert_eq!(https, wanted);
+        assert!(access("ssh://git@git.example/x.git").programs);
+        let file = access("file:///srv/x.git");
+        assert!(file.programs && file.reads.contains(&PathBuf::from("/srv/x.git")));
+        assert!(!access("no address at all").programs);
+    }
 }

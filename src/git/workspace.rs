@@ -6,8 +6,10 @@
 mod apply;
 mod attach;
 mod backup;
+mod compare;
 mod guard;
 mod index;
+mod lfs;
 mod look;
 mod make;
 mod open;
@@ -15,29 +17,39 @@ mod plan;
 mod pull;
 mod pulse;
 mod receive;
+mod settings;
 mod skeleton;
+mod submodules;
 mod waiting;
 mod walk;
 
-use std::{os::fd::AsRawFd, os::fd::OwnedFd, process::ExitCode, time::Duration};
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-pub(super) use self::open::forget_search_paths;
 use self::pull::Question;
 pub(crate) use self::{
     attach::Attach,
+    lfs::{Pointers, Smudge, collect, smudge},
     look::{Look, Looked},
     make::{Made, Make},
     pull::{Pull, Pulled},
+    submodules::{Add, Survey, Surveyed, add, survey},
     walk::Budget,
 };
+pub(super) use self::{open::forget_search_paths, walk::check_name};
 use super::{
     Run,
-    child::{Access, Children, Confined, Reporter, Role, inherited, serve},
+    child::{Access, Children, Confined, Reporter, Role, TOO_MUCH_MEMORY, inherited, serve},
     projects::Dir,
+    room,
 };
 use crate::failure::{ErrorClass, Failure};
 
@@ -65,6 +77,14 @@ enum Order {
     Pull(Pull),
     /// Attach the history that is lacking.
     Attach(Attach),
+    /// Measure the tree of a repository of a project in the making, and list its submodules.
+    Survey(Survey),
+    /// Make one of them.
+    Add(Add),
+    /// List the LFS pointers of one of its repositories.
+    Collect(Pointers),
+    /// Put what they point to into their places.
+    Smudge(Smudge),
 }
 
 impl Confined for Request {
@@ -72,7 +92,7 @@ impl Confined for Request {
         let pack = match &self.order {
             Order::Pull(order) => order.pack,
             Order::Attach(order) => order.objects,
-            Order::Make(_) | Order::Look(_) => None,
+            _ => None,
         };
         Access {
             directory: Some(self.directory),
@@ -164,6 +184,8 @@ fn patient<'a>(run: &Run<'a>) -> Run<'a> {
 fn altered(failure: Failure) -> Failure {
     match failure.class {
         ErrorClass::Stalled => Failure::conflict("the workspace was altered: a file in it cannot be read to its end"),
+        // What grows without end in a project was put there.
+        ErrorClass::Quota if failure.message.starts_with(TOO_MUCH_MEMORY) => guard::altered(failure.message),
         _ => failure,
     }
 }
@@ -172,23 +194,19 @@ fn altered(failure: Failure) -> Failure {
 pub(super) fn main() -> ExitCode {
     serve(|request: Request, reporter| {
         let directory = directory(request.directory)?;
-        pulse::with(reporter, || match request.order {
+        let done = pulse::with(reporter, || match request.order {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
-            Order::Look(order) => value(look::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
-            Order::Pull(order) => value(pull::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
-            Order::Attach(order) => value(attach::run(&directory, &order, reporter).map_err(unreachable_to_its_owner)?),
-        })
+            Order::Look(order) => value(look::run(&directory, &order, reporter)?),
+            Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
+            Order::Attach(order) => value(attach::run(&directory, &order, reporter)?),
+            Order::Survey(order) => value(submodules::run_survey(&directory, &order, reporter)?),
+            Order::Add(order) => value(submodules::run_add(&directory, &order, reporter)?),
+            Order::Collect(order) => value(lfs::run_collect(&directory, &order, reporter)?),
+            Order::Smudge(order) => value(lfs::run_smudge(&directory, &order, reporter)?),
+        });
+        let place = PathBuf::from(format!("/proc/self/fd/{}/.", directory.as_fd().as_raw_fd()));
+        done.map_err(|failure| room::blamed(failure, &[&place]))
     })
-}
-
-/// What the owner of a project may not touch, or what leads out of it, is not as the agent made it.
-fn unreachable_to_its_owner(failure: Failure) -> Failure {
-    // What the system said has become words by now.
-    let denied = std::io::Error::from(rustix::io::Errno::ACCESS).to_string();
-    if failure.class == ErrorClass::Internal && failure.message.contains(&denied) {
-        return guard::altered(failure.message);
-    }
-    failure
 }
 
 fn directory(number: i32) -> Result<Dir, Failure> {
@@ -203,4 +221,16 @@ fn value(answer: impl Serialize) -> Result<Value, Failure> {
 /// Asks the agent and waits.
 fn ask<A: DeserializeOwned>(reporter: &Reporter, question: &Question) -> Result<A, Failure> {
     reporter.ask(question)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workspace_child_is_handed_its_directory_and_a_pack_and_names_no_path() {
+        let order = Order::Look(Look { refs: false, status: false });
+        let access = Request { directory: 7, order }.access();
+        assert_eq!(access, Access { directory: Some(7), as_owner: true, ..Access::default() });
+    }
 }

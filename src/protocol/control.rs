@@ -98,9 +98,29 @@ pub struct ControlAnswer {
     /// For `state`: the projects being worked on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub busy_projects: Option<Vec<ProjectId>>,
+    /// For `state`: the hosts of upstreams that are talked to, waited for or left alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hosts: Option<Vec<HostState>>,
     /// For `state`: version of the agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_version: Option<String>,
+}
+
+/// One host of upstreams, as an agent sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HostState {
+    /// Its name.
+    pub host: String,
+    /// Transfers with it now.
+    pub running: u64,
+    /// Tasks that wait for one of them to end.
+    pub waiting: u64,
+    /// Why its tasks are put off: `down` or `throttled`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused: Option<String>,
+    /// For how many seconds more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_secs: Option<u64>,
 }
 
 impl ControlCommand {

@@ -129,6 +129,12 @@ pub struct TaskResult {
     /// For `pull` with `on_conflict: reset`: the ref that keeps what was overwritten.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backup_ref: Option<String>,
+    /// For `pull`: submodules whose commit changed; a pull leaves them as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub submodules_changed: Option<u64>,
+    /// For `pull`: LFS files that changed; their pointers are in the project, what they point to is not fetched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lfs_changed: Option<u64>,
     /// For `status`: commits of the project that its upstream branch lacks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ahead: Option<u64>,
@@ -146,7 +152,8 @@ pub struct TaskResult {
 /// How far a running task is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Progress {
-    /// What is being done: `connecting`, `receiving`, `resolving`, `checkout`, `removing`.
+    /// What is being done: `waiting` (for a place at the upstream's host), `connecting`, `listing`, `receiving`,
+    /// `resolving`, `copying`, `checkout`, `removing`. More may follow.
     pub phase: String,
     /// Units done.
     #[serde(default)]
@@ -157,6 +164,12 @@ pub struct Progress {
     /// Bytes so far.
     #[serde(default)]
     pub bytes: u64,
+    /// Bytes a second, smoothed, where bytes move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// Seconds until this phase is done, as far as that can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta_secs: Option<u64>,
 }
 
 /// What went wrong.

@@ -20,7 +20,7 @@ use super::{
     turns::Turn,
 };
 use crate::{
-    execute::Job,
+    execute::{Job, Pace},
     failure::{ErrorClass, Failure},
     git::{Fence, Run},
     journal::{Admission, Entry, Ticket},
@@ -172,10 +172,12 @@ impl Worker {
         self.active.running(&arrival.key, arrival.task.project);
         self.reporter.started(&about);
         let limits = self.executor.limits(&arrival.task);
-        let last = Mutex::new(None::<Instant>);
+        let last = Mutex::new((None::<Instant>, Pace::default()));
         let progress = |progress: Progress| {
             let now = Instant::now();
             let mut last = last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let (last, pace) = &mut *last;
+            let progress = pace.measure(now.into_std(), progress);
             if last.is_none_or(|last| now.duration_since(last) >= PROGRESS_INTERVAL) {
                 *last = Some(now);
                 self.reporter.progress(&about, progress);

@@ -135,6 +135,7 @@ impl Worker {
         answer.running = Some(running.len() as u64);
         answer.waiting = Some(self.turns.waiting() as u64);
         answer.busy_projects = Some(running);
+        answer.hosts = Some(self.executor.hosts()).filter(|hosts| !hosts.is_empty());
         answer.agent_version = Some(env!("CARGO_PKG_VERSION").to_owned());
         answer
     }

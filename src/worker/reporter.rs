@@ -132,6 +132,7 @@ impl Reporter {
             running: None,
             waiting: None,
             busy_projects: None,
+            hosts: None,
             agent_version: None,
         }
     }

@@ -164,13 +164,14 @@ async fn a_credential_of_the_node_leaves_no_trace() {
     let mut world = World::open().await;
     let credentials = tempfile::tempdir().unwrap();
     for (name, text) in [
-        ("team.token", format!("{}\n", TOKEN.0)),
-        ("deploy.toml", format!("user = \"deploy\"\npassword = \"{}\"\n", PASSWORD.0)),
-        ("wrong.token", format!("{CANARY}WRONG")),
+        ("localhost/team.token", format!("{}\n", TOKEN.0)),
+        ("deploy.toml", format!("user = \"deploy\"\npassword = \"{}\"\nhosts = [\"localhost\"]\n", PASSWORD.0)),
+        ("localhost/wrong.token", format!("{CANARY}WRONG")),
         ("broken.toml", format!("user = \"deploy\"\npassword = \"{CANARY}\"\nhots = [\"x\"]\n")),
         ("elsewhere.toml", format!("user = \"u\"\npassword = \"{CANARY}\"\nhosts = [\"elsewhere.invalid\"]\n")),
     ] {
         let path = credentials.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, text).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     }

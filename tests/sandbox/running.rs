@@ -138,14 +138,16 @@ async fn a_workspace_child_runs_as_the_owner_who_cannot_look_into_it() {
         "directory": directory.as_raw_fd(),
         "order": { "pull": {
             "pack": reader.as_raw_fd(), "branch": "main", "tip": "1".repeat(40), "refs": {}, "interrupted": null,
-            "reset": false, "backup": ["a", "b"], "budget": { "files": 10, "bytes": 10 },
+            "reset": false, "backup": ["a", "b"], "reserve": 0, "budget": { "files": 10, "bytes": 10 },
         } },
     });
     let owner = Some(Owner { uid: UID, gid: GID });
     let (children, run) = (children().of(owner), run(&|_| ()));
     let pull = children.run::<_, Value>(Role::Workspace, &request, vec![directory, reader], &run);
+    tokio::pin!(pull);
+    // It goes on while it is looked at.
     let seen = tokio::select! {
-        ended = pull => panic!("{ended:?}"),
+        ended = &mut pull => panic!("{ended:?}"),
         seen = Seen::of(Role::Workspace) => seen,
     };
     seen.assert_shut_in(UID, GID, "0000000000000000");
@@ -162,8 +164,10 @@ async fn a_pack_child_runs_without_any_power() {
     let (path, wants) = (upstream.path(), [tip]);
     // Nobody reads.
     let packed = pack::stream(&children, &path, &wants, &[], &[], OwnedFd::from(writer), &run);
+    tokio::pin!(packed);
+    // It goes on while it is looked at.
     let seen = tokio::select! {
-        ended = packed => panic!("{ended:?}"),
+        ended = &mut packed => panic!("{ended:?}"),
         seen = Seen::of(Role::Pack) => seen,
     };
     seen.assert_shut_in(0, 0, "0000000000000000");
@@ -192,8 +196,10 @@ async fn a_transfer_child_keeps_at_most_the_right_to_read_credentials() {
     });
     let (children, run) = (children(), run(&|_| ()));
     let fetched = children.run::<_, Value>(Role::Transfer, &request, Vec::new(), &run);
+    tokio::pin!(fetched);
+    // It goes on while it is looked at.
     let seen = tokio::select! {
-        ended = fetched => panic!("{ended:?}"),
+        ended = &mut fetched => panic!("{ended:?}"),
         seen = Seen::of(Role::Transfer) => seen,
     };
     seen.assert_shut_in(0, 0, "0000000000000004");

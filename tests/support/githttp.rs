@@ -72,6 +72,13 @@ pub(crate) enum Behaviour {
         /// Bytes of the answer's body that are still sent.
         after: usize,
     },
+    /// One byte of each pack is another, for clients whose request holds this text; all else as git does.
+    DamagePack {
+        /// The place in the answer's body.
+        at: usize,
+        /// Part of the request.
+        asked_by: &'static str,
+    },
 }
 
 /// What was asked for so far.
@@ -109,19 +116,28 @@ struct Shared {
     state: Mutex<State>,
 }
 
+/// Answers a request that is not for git, and tells whether it did.
+pub(crate) type Handler = Arc<dyn Fn(&Request, &mut dyn Write) -> bool + Send + Sync>;
+
 struct State {
     behaviour: Behaviour,
+    /// Asked first.
+    handler: Option<Handler>,
     /// The value of `Authorization` that is required.
     authorization: Option<String>,
     counts: Counts,
 }
 
-struct Request {
-    method: String,
-    path: String,
+/// One request.
+pub(crate) struct Request {
+    /// Its method.
+    pub(crate) method: String,
+    /// Its path.
+    pub(crate) path: String,
     query: String,
     headers: Vec<(String, String)>,
-    body: Vec<u8>,
+    /// Its body.
+    pub(crate) body: Vec<u8>,
 }
 
 impl Upstream {
@@ -205,6 +221,11 @@ pub(crate) fn ca_file() -> PathBuf {
     tls_directory().join("ca.pem")
 }
 
+/// The authority that signed `wrong-name.pem` and `expired.pem`.
+pub(crate) fn other_ca_file() -> PathBuf {
+    tls_directory().join("other-ca.pem")
+}
+
 fn tls_directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/tls")
 }
@@ -241,13 +262,23 @@ impl Behaviour {
 impl Server {
     /// Serves the repositories below `root` on a free port of the loopback address.
     pub(crate) fn start(root: &Path) -> Self {
-        Self::listen(root, None)
+        Self::listen(root, None, 0)
+    }
+
+    /// The same on a port where there was nothing before.
+    pub(crate) fn start_at(root: &Path, port: u16) -> Self {
+        Self::listen(root, None, port)
     }
 
     /// The same over TLS, with a certificate for `localhost` by the authority in [`ca_file`].
     pub(crate) fn start_tls(root: &Path) -> Self {
+        Self::start_tls_with(root, "cert.pem")
+    }
+
+    /// The same with another certificate for the same key.
+    pub(crate) fn start_tls_with(root: &Path, certificate: &str) -> Self {
         let read = |pem: &str| std::fs::read(tls_directory().join(pem)).unwrap();
-        let certificate = CertificateDer::from_pem_slice(&read("cert.pem")).unwrap();
+        let certificate = CertificateDer::from_pem_slice(&read(certificate)).unwrap();
         let key = PrivateKeyDer::from_pem_slice(&read("key.pem")).unwrap();
         let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
@@ -255,14 +286,15 @@ impl Server {
             .with_no_client_auth()
             .with_single_cert(vec![certificate], key)
             .unwrap();
-        Self::listen(root, Some(Arc::new(config)))
+        Self::listen(root, Some(Arc::new(config)), 0)
     }
 
-    fn listen(root: &Path, tls: Option<Arc<ServerConfig>>) -> Self {
+    fn listen(root: &Path, tls: Option<Arc<ServerConfig>>, port: u16) -> Self {
         let scheme = if tls.is_some() { "https" } else { "http" };
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let address = listener.local_addr().unwrap();
-        let state = State { behaviour: Behaviour::Serve, authorization: None, counts: Counts::default() };
+        let state =
+            State { behaviour: Behaviour::Serve, handler: None, authorization: None, counts: Counts::default() };
         let shared =
             Arc::new(Shared { tls, root: root.to_owned(), stopped: AtomicBool::new(false), state: Mutex::new(state) });
         let serving = shared.clone();
@@ -287,6 +319,11 @@ impl Server {
     /// How requests are answered from now on.
     pub(crate) fn behave(&self, behaviour: Behaviour) {
         self.shared.state.lock().unwrap().behaviour = behaviour;
+    }
+
+    /// Lets `handler` answer what it wants to answer, before anything else is looked at.
+    pub(crate) fn handle(&self, handler: impl Fn(&Request, &mut dyn Write) -> bool + Send + Sync + 'static) {
+        self.shared.state.lock().unwrap().handler = Some(Arc::new(handler));
     }
 
     /// Requires Basic authentication from now on; `encoded` is the base64 of `user:password`.
@@ -330,6 +367,8 @@ impl Shared {
         let request = Request::read(stream)?;
         let is_pack = request.body.windows(13).any(|window| window == b"command=fetch");
         let is_depth = is_pack && request.body.windows(7).any(|window| window == b"deepen ");
+        let handler = self.state.lock().unwrap().handler.clone();
+        let answered = handler.is_some_and(|handler| handler(&request, stream));
         let behaviour = {
             let mut state = self.state.lock().unwrap();
             let authorization = request.header("authorization").map(str::to_owned);
@@ -344,8 +383,16 @@ impl Shared {
                 state.behaviour.clone()
             }
         };
+        if answered {
+            return Ok(());
+        }
         match behaviour {
             Behaviour::Serve => self.answer(stream, &request, usize::MAX).map(drop),
+            Behaviour::DamagePack { at, asked_by } => {
+                let asked = request.body.windows(asked_by.len()).any(|window| window == asked_by.as_bytes());
+                let at = if is_pack && asked { at } else { usize::MAX };
+                self.answer(&mut Damaging { stream, left: at }, &request, usize::MAX).map(drop)
+            }
             Behaviour::Answer { status, headers } => {
                 let mut head = format!("HTTP/1.1 {status} Status\r\nContent-Length: 0\r\nConnection: close\r\n");
                 for (name, value) in headers {
@@ -436,6 +483,36 @@ impl Shared {
     }
 }
 
+/// A stream that changes one byte of what is written.
+struct Damaging<'a, S> {
+    stream: &'a mut S,
+    left: usize,
+}
+
+impl<S: Read> Read for Damaging<'_, S> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        self.stream.read(into)
+    }
+}
+
+impl<S: Write> Write for Damaging<'_, S> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut bytes = bytes.to_vec();
+        if let Some(byte) = bytes.get_mut(self.left) {
+            *byte ^= 0xff;
+            self.left = usize::MAX;
+        } else if self.left != usize::MAX {
+            self.left -= bytes.len();
+        }
+        self.stream.write_all(&bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.stream.flush()
+    }
+}
+
 /// Turns the output of a CGI program into an answer, chunk by chunk.
 fn relay(stream: &mut impl Stream, output: &mut impl BufRead, most: usize) -> std::io::Result<bool> {
     let mut status = "200 OK".to_owned();
@@ -502,7 +579,7 @@ impl Request {
         Ok(request)
     }
 
-    fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 }

@@ -53,6 +53,8 @@ pub(super) struct Ended {
     pub(super) how: String,
     /// The end of its standard error.
     pub(super) said: String,
+    /// Whether somebody else killed it.
+    pub(super) killed: bool,
 }
 
 impl Group {
@@ -91,6 +93,7 @@ impl Group {
         let by_itself = tokio::time::timeout(grace, self.exited()).await.is_ok();
         self.kill();
         let status = self.child.wait().await;
+        let killed = by_itself && status.as_ref().is_ok_and(|status| status.signal() == Some(Signal::KILL.as_raw()));
         let how = match status {
             Ok(status) if !by_itself => format!("had to be killed ({status})"),
             Ok(status) => match (status.code(), status.signal()) {
@@ -103,7 +106,7 @@ impl Group {
         // Whatever of the group held the other end of the pipe is dead by now; who left the group is not waited for.
         let said = tokio::time::timeout(grace, &mut self.stderr).await;
         let said = said.ok().and_then(Result::ok).unwrap_or_default();
-        Ended { how, said: printable(&String::from_utf8_lossy(&said)).trim().to_owned() }
+        Ended { how, killed, said: printable(&String::from_utf8_lossy(&said)).trim().to_owned() }
     }
 
     /// Asks the group to end, and kills it after `grace`.

@@ -87,6 +87,8 @@ pub(super) fn cleaned(mut failure: Failure) -> Failure {
 /// A child's progress as it may be shown.
 pub(super) fn cleaned_progress(mut progress: Progress) -> Progress {
     progress.phase = shortened(&progress.phase, LONGEST_PHASE);
+    // Measured by the agent, whatever a child says.
+    (progress.rate, progress.eta_secs) = (None, None);
     progress
 }
 

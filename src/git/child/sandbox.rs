@@ -44,9 +44,9 @@ pub enum Sandbox {
 pub struct Access {
     /// Files and directories that it reads; one that is not there is passed over.
     pub reads: Vec<PathBuf>,
-    /// Directories in which it may do everything but make devices and run programs.
+    /// Directories in which it may read and write files.
     pub writes: Vec<PathBuf>,
-    /// The inherited descriptor of one more such directory.
+    /// The inherited descriptor of a directory in which it may also make symbolic links.
     pub directory: Option<RawFd>,
     /// Other inherited descriptors.
     pub descriptors: Vec<RawFd>,

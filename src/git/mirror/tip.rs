@@ -7,25 +7,27 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use tokio::sync::OwnedMutexGuard;
-
-use super::{Fetched, Flight, Hold, Listing, Mirrors, Want, key, make_directory};
+use super::{Fetched, Hold, Listing, Mirrors, Want, flight::Turn, key, make_directory};
 use crate::{
     failure::Failure,
-    git::{
-        Run,
-        child::{self, Role},
-        transfer::{self, Apart},
-    },
+    git::{Run, transfer::Apart},
     protocol::{CredentialName, GitUrl},
 };
 
 /// What tells the names of tip stores from those of mirrors.
 const MARK: &str = ".tip-";
 
-/// Whether an entry of the directory of mirrors is a tip store, or what is left of one.
-pub(super) fn is_store(name: &str) -> bool {
-    name.contains(MARK)
+/// What a tip store is filled with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tip<'a> {
+    /// The object whose history it is.
+    pub(crate) oid: &'a str,
+    /// Whether all that was listed comes as well.
+    pub(crate) all: bool,
+    /// How many commits of each history.
+    pub(crate) depth: NonZeroU32,
+    /// Whether another fetch stands still for it and has lent it its place at the host.
+    pub(crate) lent: bool,
 }
 
 /// The directory of one, removed with this value.
@@ -33,7 +35,7 @@ pub(super) fn is_store(name: &str) -> bool {
 pub(super) struct Store {
     path: PathBuf,
     /// Nobody else fills the store of this name meanwhile.
-    _turn: OwnedMutexGuard<()>,
+    _turn: Turn,
 }
 
 impl Drop for Store {
@@ -62,16 +64,17 @@ impl Mirrors {
         credential: Option<&CredentialName>,
         run: &Run<'_>,
     ) -> Result<Listing, Failure> {
-        let mut request = self.request(url, credential, &Want::All)?;
+        let key = key(url.as_str(), credential.map(CredentialName::as_str));
+        let mut request = self.request(url, credential, &Want::All, &key, run)?;
         request.apart = Some(Apart::List);
-        let answer: transfer::Answer = self.children.run(Role::Transfer, &request, Vec::new(), run).await?;
-        Ok(answer.listing)
+        Ok(self.apart(&request, false, run).await?.listing)
     }
 
-    /// Fetches `depth` commits of the history of `oid`, or of it and of `all` that was listed, into a store of its own.
+    /// Fetches the last commits of a history, or of all that was listed, into a store of its own.
     ///
     /// `listing` is what the upstream said to this task; what comes back names those refs of it whose objects are there.
-    /// It is listed with the task's own credential here too.
+    /// It is listed with the task's own credential here too. A fetch that stands still meanwhile has `lent` its place at
+    /// the host.
     ///
     /// # Errors
     /// A failure that carries its decision.
@@ -80,24 +83,21 @@ impl Mirrors {
         url: &GitUrl,
         credential: Option<&CredentialName>,
         listing: &Listing,
-        (oid, all): (&str, bool),
-        depth: NonZeroU32,
+        what: Tip<'_>,
         run: &Run<'_>,
     ) -> Result<Fetched, Failure> {
-        let mut request = self.request(url, credential, &Want::All)?;
-        let others = listing.refs.values().filter(|_| all).cloned();
-        let wants = others.chain([oid.to_owned()]).collect();
-        request.apart = Some(Apart::Tip { listing: listing.clone(), wants, depth: depth.get() });
-        let name = format!("{}{MARK}{oid}", key(url.as_str(), credential.map(CredentialName::as_str)));
-        let path = self.directory.join(format!("{name}.git"));
-        request.mirror.clone_from(&path);
-        let flight: std::sync::Arc<Flight> = self.flight(&name);
-        let turn = child::within(run, None, flight.lock_owned()).await?;
+        let name = format!("{}{MARK}{}", key(url.as_str(), credential.map(CredentialName::as_str)), what.oid);
+        let mut request = self.request(url, credential, &Want::All, &name, run)?;
+        let others = listing.refs.values().filter(|_| what.all).cloned();
+        let wants = others.chain([what.oid.to_owned()]).collect();
+        request.apart = Some(Apart::Tip { listing: listing.clone(), wants, depth: what.depth.get() });
+        let path = request.mirror.clone();
+        let (turn, _) = self.flights.of(&name).turn(run).await?;
         // From here on whatever the child leaves goes, also when nobody waits for it any more.
         let store = Store { path: path.clone(), _turn: turn };
         remove(&path);
         make_directory(&path)?;
-        let answer: transfer::Answer = self.children.run(Role::Transfer, &request, Vec::new(), run).await?;
+        let answer = self.apart(&request, what.lent, run).await?;
         Ok(Fetched {
             path,
             listing: answer.listing,

@@ -3,10 +3,7 @@
 //! It belongs to the mirror: it runs in a task of its own, holds the mirror's turn, and whoever comes next waits for it as
 //! for any other fetch.
 
-use std::{
-    sync::{Arc, PoisonError},
-    time::Duration,
-};
+use std::{sync::PoisonError, time::Duration};
 
 use async_trait::async_trait;
 use tokio::{
@@ -32,7 +29,7 @@ pub(crate) struct Underway {
     progress: watch::Receiver<Progress>,
     pause: watch::Sender<bool>,
     stop: Option<DropGuard>,
-    mirrors: Arc<Mirrors>,
+    mirrors: Mirrors,
     key: String,
     cancel: CancellationToken,
 }
@@ -67,7 +64,7 @@ impl Fence for Nothing {
 impl Mirrors {
     /// Begins a [`fetch`](Self::fetch) that does not end with the task that asks for it.
     pub(crate) fn begin(
-        self: &Arc<Self>,
+        &self,
         url: &GitUrl,
         credential: Option<&CredentialName>,
         want: &Want,
@@ -78,9 +75,9 @@ impl Mirrors {
         let (pause, paused) = watch::channel(false);
         let (tell_progress, progress) = watch::channel(Progress::default());
         let stop = self.closed.child_token();
-        let (mirrors, url, credential, want) = (Arc::clone(self), url.clone(), credential.cloned(), want.clone());
+        let (mirrors, url, credential, want) = (self.clone(), url.clone(), credential.cloned(), want.clone());
         let key = key(url.as_str(), credential.as_ref().map(CredentialName::as_str));
-        let underway = (Arc::clone(self), key.clone());
+        let underway = (self.clone(), key.clone());
         let cancel = stop.clone();
         tokio::spawn(async move {
             let run = Run {

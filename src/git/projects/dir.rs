@@ -13,8 +13,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat, fsync,
-        makedev, mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
+        AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Statx, StatxAttributes, StatxFlags,
+        fstat, fsync, makedev, mkdirat, open, openat2, renameat_with, statat, statx, unlinkat,
     },
     io::Errno,
 };
@@ -28,15 +28,26 @@ const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLI
 pub(crate) struct Dir(OwnedFd);
 
 /// Which directory it is, whatever its name.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
-    /// The file system.
+    /// The file system, until the next mount: disks may be numbered in another order then.
     pub(crate) device: u64,
     /// The inode on it.
     pub(crate) inode: u64,
     /// When it was made, in nanoseconds, where the file system tells: numbers of removed inodes are given out again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) born: Option<i64>,
+}
+
+impl PartialEq for Identity {
+    fn eq(&self, other: &Self) -> bool {
+        let same = match (self.born, other.born) {
+            // Two directories made in the same nanosecond under the same number are one.
+            (Some(ours), Some(theirs)) => ours == theirs,
+            _ => self.device == other.device,
+        };
+        same && self.inode == other.inode
+    }
 }
 
 impl Identity {
@@ -63,7 +74,7 @@ impl Dir {
     pub(crate) fn ensure(&self, name: &str, mode: u32) -> io::Result<Self> {
         match mkdirat(&self.0, name, Mode::from_raw_mode(mode)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(self.explained(error)),
         }
         let child = self.child(name)?;
         // One that was given away already is not ours to change.
@@ -75,7 +86,7 @@ impl Dir {
 
     /// Makes a new directory with exactly `mode` and opens it.
     pub(crate) fn make(&self, name: &str, mode: u32) -> io::Result<Self> {
-        mkdirat(&self.0, name, Mode::from_raw_mode(mode))?;
+        mkdirat(&self.0, name, Mode::from_raw_mode(mode)).map_err(|error| self.explained(error))?;
         let child = self.child(name)?;
         child.set_mode(mode)?;
         Ok(child)
@@ -115,7 +126,8 @@ impl Dir {
     /// Opens a file beneath this directory; never blocks on one that is not regular.
     pub(crate) fn open_file(&self, name: impl AsRef<OsStr>, flags: OFlags, mode: u32) -> io::Result<File> {
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        Ok(openat2(&self.0, name.as_ref(), flags, Mode::from_raw_mode(mode), BENEATH)?.into())
+        let opened = openat2(&self.0, name.as_ref(), flags, Mode::from_raw_mode(mode), BENEATH);
+        Ok(opened.map_err(|error| self.explained(error))?.into())
     }
 
     /// Reads a small regular file; `None` where nothing stands under `name`.
@@ -158,13 +170,29 @@ impl Dir {
         match unlinkat(&self.0, name, AtFlags::empty()) {
             Ok(()) => self.sync(),
             Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(error.into()),
+            Err(error) => Err(self.explained(error)),
         }
     }
 
     /// Renames into another directory, where nothing may stand under the new name.
     pub(crate) fn rename_to(&self, name: &str, into: &Self, new: &str) -> io::Result<()> {
-        Ok(renameat_with(&self.0, name, &into.0, new, RenameFlags::NOREPLACE)?)
+        renameat_with(&self.0, name, &into.0, new, RenameFlags::NOREPLACE).map_err(|error| {
+            let fixed = [self.is_fixed(""), self.is_fixed(name), into.is_fixed("")].contains(&true);
+            if error == Errno::PERM && fixed { immutable() } else { error.into() }
+        })
+    }
+
+    /// An error of something done in this directory. Of one that may not change the kernel says the same as where rights
+    /// are missing.
+    fn explained(&self, error: Errno) -> io::Error {
+        if error == Errno::PERM && self.is_fixed("") { immutable() } else { error.into() }
+    }
+
+    /// Whether an administrator forbade every change of this directory or of an entry of it.
+    fn is_fixed(&self, name: &str) -> bool {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW;
+        let fixed = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
+        statx(&self.0, name, flags, StatxFlags::empty()).is_ok_and(|stat| stat.stx_attributes.intersects(fixed))
     }
 
     /// Makes its entries durable.
@@ -195,6 +223,11 @@ impl Dir {
     }
 }
 
+/// What a file system that refuses writes says, for a directory that does.
+fn immutable() -> io::Error {
+    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "a directory is immutable (lsattr; chattr -i)")
+}
+
 impl AsFd for Dir {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -223,6 +256,17 @@ mod tests {
         assert!(dir.child("inner").is_ok());
         std::os::unix::fs::symlink("real", place.path().join("away")).unwrap();
         assert!(Dir::open(&place.path().join("away")).is_err());
+    }
+
+    #[test]
+    fn a_directory_stays_itself_when_its_disk_gets_another_number() {
+        let one = Identity { device: 1, inode: 2, born: Some(3) };
+        assert_eq!(one, Identity { device: 9, ..one });
+        assert_ne!(one, Identity { born: Some(4), ..one });
+        assert_ne!(one, Identity { inode: 4, ..one });
+        let unborn = Identity { born: None, ..one };
+        assert_ne!(unborn, Identity { device: 9, ..unborn });
+        assert_eq!(unborn, one);
     }
 
     #[test]

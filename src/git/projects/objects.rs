@@ -3,7 +3,7 @@
 //! Cloned where the file system can, else copied; never hard links, through which the owner of a project could
 //! change the mirror.
 
-use std::{fs::File, io, os::unix::ffi::OsStrExt, path::Path};
+use std::{fs::File, io, os::unix::ffi::OsStrExt, path::Path, thread::JoinHandle};
 
 use rustix::{
     fs::{FileType, OFlags, copy_file_range, ioctl_ficlone},
@@ -19,7 +19,37 @@ use crate::{
 /// How much is copied between two looks at whether to go on.
 const CHUNK: usize = 32 << 20;
 
-/// Copies packs and loose objects from the bare repository `mirror` into the `objects` directory `into`.
+/// What is this long goes down to the disk on its own, while the project is made; what is shorter waits for the end.
+const LONG: u64 = 8 << 20;
+
+/// Files that the disk is taking just now.
+#[derive(Debug, Default)]
+pub(super) struct Writing(Vec<JoinHandle<io::Result<()>>>);
+
+impl Writing {
+    fn start(&mut self, file: File) {
+        // Without a thread it waits for the end like everything else.
+        let writer = std::thread::Builder::new().name("writer".to_owned()).spawn(move || file.sync_data());
+        self.0.extend(writer.ok());
+    }
+
+    /// Takes those of another copy over.
+    pub(super) fn join(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
+    /// Waits until the disk has them.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        let ended = |writer: JoinHandle<io::Result<()>>| {
+            writer.join().unwrap_or_else(|_| Err(io::Error::other("writing an object file down failed")))
+        };
+        // All of them, also after one that failed.
+        self.0.drain(..).map(ended).fold(Ok(()), io::Result::and)
+    }
+}
+
+/// Copies packs and loose objects from the bare repository `mirror` into the `objects` directory `into`, and says what
+/// is still on its way to the disk.
 ///
 /// What is made is `owner`'s, if one is given. `moved` is told the bytes of every piece, and stops the copy with an error of its own.
 ///
@@ -30,7 +60,8 @@ pub(super) fn copy(
     into: &Dir,
     owner: Option<Owner>,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
-) -> Result<(), Failure> {
+) -> Result<Writing, Failure> {
+    let mut writing = Writing::default();
     let from = Dir::open(&mirror.join("objects"))?;
     let packs = into.ensure("pack", 0o755)?;
     give(&packs, owner)?;
@@ -41,7 +72,7 @@ pub(super) fn copy(
             let fan = name.to_str().ok_or_else(|| Failure::internal("a name of two digits is not text"))?;
             let fan = into.ensure(fan, 0o755)?;
             give(&fan, owner)?;
-            copy_files(&from.child(&name)?, &fan, owner, &|file| file.len() == 38, moved)?;
+            copy_files(&from.child(&name)?, &fan, owner, &|file| file.len() == 38, &mut writing, moved)?;
         }
     }
     match from.child("pack") {
@@ -49,11 +80,12 @@ pub(super) fn copy(
             let whole = |file: &[u8]| {
                 file.starts_with(b"pack-") && [&b".pack"[..], b".idx", b".rev"].iter().any(|end| file.ends_with(end))
             };
-            copy_files(&source, &packs, owner, &whole, moved)
+            copy_files(&source, &packs, owner, &whole, &mut writing, moved)?;
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error.into()),
     }
+    Ok(writing)
 }
 
 fn copy_files(
@@ -61,6 +93,7 @@ fn copy_files(
     into: &Dir,
     owner: Option<Owner>,
     wanted: &dyn Fn(&[u8]) -> bool,
+    writing: &mut Writing,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     for (name, kind) in from.entries()? {
@@ -70,12 +103,19 @@ fn copy_files(
             copy_file(&source, &target, moved)?;
             rustix::fs::fchmod(&target, rustix::fs::Mode::from_raw_mode(0o444)).map_err(io::Error::from)?;
             give(&target, owner)?;
+            if target.metadata()?.len() >= LONG {
+                writing.start(target);
+            }
         }
     }
     Ok(())
 }
 
-fn copy_file(source: &File, target: &File, moved: &mut dyn FnMut(u64) -> Result<(), Failure>) -> Result<(), Failure> {
+pub(super) fn copy_file(
+    source: &File,
+    target: &File,
+    moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let length = source.metadata()?.len();
     if ioctl_ficlone(target, source).is_ok() {
         return moved(length);

@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::Path,
+    sync::{Mutex, PoisonError},
 };
 
 use rustix::{
@@ -25,6 +26,8 @@ pub(crate) struct Staging {
     pub(super) dir: Dir,
     /// Whose it becomes; the agent's if not set.
     pub(crate) owner: Option<Owner>,
+    /// What of its objects is on its way to the disk.
+    writing: Mutex<objects::Writing>,
 }
 
 impl Staging {
@@ -41,7 +44,14 @@ impl Staging {
         let objects = git.ensure("objects", 0o755)?;
         give(&git, self.owner)?;
         give(&objects, self.owner)?;
-        objects::copy(mirror, &objects, self.owner, moved)
+        let writing = objects::copy(mirror, &objects, self.owner, moved)?;
+        self.await_later(writing);
+        Ok(())
+    }
+
+    /// Leaves what is on its way to the disk to [`flush`](Self::flush).
+    pub(super) fn await_later(&self, writing: objects::Writing) {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner).join(writing);
     }
 
     /// Writes everything of it to the disk, once for all its files.
@@ -56,6 +66,7 @@ impl Staging {
         }
         self.dir.set_mode(0o755)?;
         give(&self.dir, self.owner)?;
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner).finish()?;
         // A file system whose device failed keeps the error for this call.
         rustix::fs::syncfs(&self.dir).map_err(io::Error::from)?;
         Ok(())
@@ -86,7 +97,7 @@ impl Projects {
         self.same_root()?;
         let name = format!("{task}-{:032x}", rand::random::<u128>());
         let dir = self.ours.make(&name, 0o700)?;
-        Ok(Staging { name, dir, owner })
+        Ok(Staging { name, dir, owner, writing: Mutex::default() })
     }
 
     /// Removes a project in the making.

@@ -1,6 +1,8 @@
 //! The transport whose engine is gitoxide, over any of its own ways to carry the protocol.
 
-use std::{collections::BTreeSet, fs::File, io::ErrorKind, num::NonZeroU32, sync::atomic::AtomicBool};
+use std::{
+    collections::BTreeSet, fs::File, io::ErrorKind, num::NonZeroU32, os::unix::fs::FileExt, sync::atomic::AtomicBool,
+};
 
 use gix::{
     bstr::ByteSlice,
@@ -8,29 +10,30 @@ use gix::{
     negotiate::Algorithm,
     odb::pack,
     protocol::{
-        self, Handshake, LsRefsCommand,
+        self, Command, Handshake, LsRefsCommand,
         fetch::{
             Arguments, Context, Negotiate, Options, RefMap, Response, Shallow, Tags,
             negotiate::{self, Action, Round, one_round},
             refmap::{Mapping, Source, SpecIndex},
+            response::ShallowUpdate,
         },
         handshake::Ref,
         ls_refs::RefPrefixes,
     },
 };
-use gix_transport::{Service, client::blocking_io::Transport as Carrier};
+use gix_transport::{Protocol, Service, client::blocking_io::Transport as Carrier};
 
-use super::{Received, Transport, bare::Bare, budget::Budget, meter::Meter, verdict::Verdict};
+use super::{Received, Transport, bare::Bare, budget::Budget, early, meter::Meter, verdict::Verdict};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::mirror::Listing,
+    git::{mirror::Listing, room::refused},
     protocol::printable,
 };
 
 /// The most refs taken from an upstream.
 const MOST_REFS: usize = 100_000;
 /// The most bytes that a listing may have.
-const LONGEST_LISTING: u64 = 64 << 20;
+pub(super) const LONGEST_LISTING: u64 = 64 << 20;
 
 /// What bounds a conversation.
 pub(super) struct Bounds {
@@ -62,11 +65,14 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
         Self { carrier, handshake: None, bounds, meter }
     }
 
-    fn refs(&mut self) -> gix::Result<Vec<Ref>> {
+    fn shake_hands(&mut self) -> gix::Result<Handshake> {
         let nobody = |_| Ok(None);
+        protocol::handshake(&mut self.carrier, Service::UploadPack, nobody, Vec::new(), &mut self.meter.hand())
+    }
+
+    fn refs(&mut self) -> gix::Result<Vec<Ref>> {
         let mut progress = self.meter.hand();
-        let mut handshake =
-            protocol::handshake(&mut self.carrier, Service::UploadPack, nobody, Vec::new(), &mut progress)?;
+        let mut handshake = self.shake_hands()?;
         // Protocol version 2 is asked for; older servers list at once.
         let refs = if let Some(refs) = handshake.refs.take() {
             refs
@@ -97,7 +103,7 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
         }
         let text = printable(&text);
         let io = error.iter_errors().find_map(|error| error.downcast_ref::<std::io::Error>());
-        if let Some(failure) = io.and_then(of_the_disk) {
+        if let (Stage::Receiving, Some(failure)) = (stage, io.and_then(of_the_disk)) {
             return failure;
         }
         let broken = io.is_some_and(|error| {
@@ -114,6 +120,8 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
             Stage::Listing if !broken && (error.is_unsupported() || error.is_validation()) => ErrorClass::NotFound,
             // It refuses in its own words: mostly since the refs have changed since they were listed.
             Stage::Receiving if text.contains("ERR ") => ErrorClass::Network,
+            // An object that is larger than everything together may be.
+            Stage::Receiving if text.contains("too large to fit in memory") => ErrorClass::Quota,
             Stage::Receiving if !broken && error.is_corrupted() => ErrorClass::Corrupt,
             Stage::Listing | Stage::Receiving => ErrorClass::Network,
         };
@@ -125,10 +133,11 @@ impl<'a, C: Carrier> Gitoxide<'a, C> {
     }
 }
 
-/// A failure for an error that the disk gave.
+/// A failure for an error that the disk gave. Where the engine adds a path to it only the kind and the words are left.
 fn of_the_disk(error: &std::io::Error) -> Option<Failure> {
-    let again = std::io::Error::from_raw_os_error(error.raw_os_error()?);
-    Some(Failure::from(again)).filter(|failure| failure.class == ErrorClass::Disk)
+    let text = printable(&error.to_string());
+    let disk = refused(&text) || Failure::from(std::io::Error::from(error.kind())).class == ErrorClass::Disk;
+    disk.then(|| Failure::new(ErrorClass::Disk, format!("the pack cannot be written: {text}")))
 }
 
 impl<C: Carrier> Transport for Gitoxide<'_, C> {
@@ -150,25 +159,53 @@ impl<C: Carrier> Transport for Gitoxide<'_, C> {
     ) -> Result<Received, Failure> {
         self.bounds.budget.grant(self.bounds.max_bytes);
         let before = self.meter.pack_bytes();
-        let objects = self.fetch(&mirror.repository, wants, depth);
-        let objects = objects.map_err(|error| self.judge(&error, Stage::Receiving))?;
+        let objects = self.fetch(mirror, wants, depth).map_err(|error| self.judge(&error, Stage::Receiving))?;
         Ok(Received { objects, bytes: self.meter.pack_bytes() - before })
+    }
+
+    fn boundary(&mut self, tip: &str, depth: u32) -> Result<Option<BTreeSet<String>>, Failure> {
+        self.bounds.budget.grant(LONGEST_LISTING);
+        self.probe(tip, depth).map_err(|error| self.judge(&error, Stage::Receiving))
     }
 }
 
 impl<C: Carrier> Gitoxide<'_, C> {
-    /// Fetches `wants` into `repository` and returns how many objects came.
-    fn fetch(
-        &mut self,
-        repository: &gix::Repository,
-        wants: &BTreeSet<String>,
-        depth: Option<NonZeroU32>,
-    ) -> gix::Result<u64> {
+    /// Asks for a shallow history and reads only where the upstream would cut it, not the pack that follows.
+    fn probe(&mut self, tip: &str, depth: u32) -> gix::Result<Option<BTreeSet<String>>> {
+        let handshake = match self.handshake.take() {
+            Some(handshake) => handshake,
+            None => self.shake_hands()?,
+        };
+        let version = handshake.server_protocol_version;
+        let mut features = Command::Fetch.default_features(version, &handshake.capabilities);
+        features.push(agent());
+        let mut arguments = Arguments::new(version, features, false);
+        let Ok(tip) = gix::ObjectId::from_hex(tip.as_bytes()) else { return Ok(None) };
+        if version != Protocol::V2 || !arguments.can_use_deepen() {
+            return Ok(None);
+        }
+        arguments.deepen(usize::try_from(depth).unwrap_or(usize::MAX));
+        arguments.want(tip);
+        let mut reader = arguments.send(&mut self.carrier, true).map_err(Error::from_error)?;
+        let response = Response::from_line_reader(version, &mut reader, true, false)?;
+        let cut = response.shallow_updates().iter().filter_map(|update| match update {
+            ShallowUpdate::Shallow(id) => Some(id.to_string()),
+            ShallowUpdate::Unshallow(_) => None,
+        });
+        Ok(Some(cut.collect()))
+    }
+
+    /// Fetches `wants` into `mirror` and returns how many objects came.
+    fn fetch(&mut self, mirror: &Bare, wants: &BTreeSet<String>, depth: Option<NonZeroU32>) -> gix::Result<u64> {
+        let repository = &mirror.repository;
+        if self.handshake.is_none() {
+            self.handshake = Some(self.shake_hands()?);
+        }
         let Some(handshake) = self.handshake.as_mut() else { return Ok(0) };
         let shallow = depth.map_or(Shallow::NoChange, Shallow::DepthAtRemote);
         // Of one branch, or of a history that is cut, it is not known beforehand which tags point into it.
-        let include = handshake.server_protocol_version == gix_transport::Protocol::V2
-            || handshake.capabilities.contains("include-tag");
+        let include =
+            handshake.server_protocol_version == Protocol::V2 || handshake.capabilities.contains("include-tag");
         let mut known = repository.clone();
         known.objects.refresh_never();
         let mut negotiate = Negotiation {
@@ -189,27 +226,45 @@ impl<C: Carrier> Gitoxide<'_, C> {
             tags: if include { Tags::Included } else { Tags::None },
             reject_shallow_remote: true,
         };
-        let bases = repository.objects.clone();
+        // Without a pack there is nothing that a delta could lean on outside of its own, and what comes is written as it
+        // comes; else it is taken apart and put together again, with the bases it lacks.
+        let bases = holds_packs(&directory).then(|| repository.objects.clone());
         let consume = |reader: &mut dyn std::io::BufRead,
                        progress: &mut dyn gix::DynNestedProgress,
                        interrupt: &AtomicBool|
          -> gix::Result<bool> {
             let options = pack::bundle::write::Options { alloc_limit_bytes: Some(limit), ..Default::default() };
-            let bases = Some(bases);
             let hash = gix::hash::Kind::Sha1;
-            let written =
-                pack::Bundle::write_to_directory(reader, Some(&directory), progress, interrupt, bases, hash, options)?;
+            let written = early::written(&directory, || {
+                pack::Bundle::write_to_directory(reader, Some(&directory), progress, interrupt, bases, hash, options)
+            })
+            .map_err(Error::from_error)??;
             objects = u64::from(written.index.num_objects);
-            keep(&written).map_err(Error::from_error)?;
+            keep(&written).map_err(|error| {
+                // What may not be on the disk is not to be found there later.
+                for path in written.index_path.iter().chain(&written.data_path).chain(&written.keep_path) {
+                    let _ = std::fs::remove_file(path);
+                }
+                Error::from_error(error)
+            })?;
             Ok(true)
         };
-        protocol::fetch(&mut negotiate, consume, self.meter.hand(), &AtomicBool::new(false), context, options)?;
+        protocol::fetch(&mut negotiate, consume, self.meter.hand(), &mirror.stop, context, options)?;
         Ok(objects)
     }
 }
 
+/// Whether there is a pack already.
+fn holds_packs(directory: &std::path::Path) -> bool {
+    let Ok(mut entries) = std::fs::read_dir(directory) else { return true };
+    entries.any(|entry| entry.map_or(true, |entry| entry.path().extension().is_some_and(|end| end == "pack")))
+}
+
 /// Makes a new pack durable before any ref leads to it, and lets go of the engine's mark on it.
 fn keep(written: &pack::bundle::write::Outcome) -> std::io::Result<()> {
+    if let Some(pack) = &written.data_path {
+        ends_with(&File::open(pack)?, written.index.data_hash.as_slice())?;
+    }
     for path in written.data_path.iter().chain(&written.index_path) {
         File::open(path)?.sync_all()?;
     }
@@ -220,6 +275,17 @@ fn keep(written: &pack::bundle::write::Outcome) -> std::io::Result<()> {
         Some(Err(error)) if error.kind() != ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Refuses a pack with something behind its end, which no reader would take for whole.
+fn ends_with(pack: &File, checksum: &[u8]) -> std::io::Result<()> {
+    let mut end = vec![0; checksum.len()];
+    let length = pack.metadata()?.len();
+    pack.read_exact_at(&mut end, length.saturating_sub(checksum.len() as u64))?;
+    if end == checksum {
+        return Ok(());
+    }
+    Err(std::io::Error::new(ErrorKind::InvalidData, "the pack goes on behind its end"))
 }
 
 fn agent() -> protocol::command::Feature {
@@ -273,7 +339,7 @@ impl Negotiate for Negotiation<'_> {
 }
 
 /// What the upstream's refs are, less what is no branch or tag or has a name that git itself would refuse.
-fn listing(refs: Vec<Ref>) -> Result<Listing, Failure> {
+pub(super) fn listing(refs: Vec<Ref>) -> Result<Listing, Failure> {
     let mut listing = Listing::default();
     for reference in refs {
         let (name, target, oid, peeled) = match reference {

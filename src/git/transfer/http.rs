@@ -1,8 +1,11 @@
-//! Smart HTTP over our own client: checked addresses, no redirects, no proxies, real status codes.
+//! Smart HTTP over our own client: checked addresses, no redirects, no proxy but one that is set, real status codes.
+//!
+//! Longer than 400 lines because the engine wants a type of its own for each half of a request and of its answer.
 
 use std::{
     any::Any,
     io::{self, BufRead, BufReader, Cursor, Read, Write},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -11,7 +14,7 @@ use gix_transport::client::blocking_io::http::{GetResponse, Http, PostBodyDataKi
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use ureq::{
-    Agent, Body,
+    Agent, Body, Proxy,
     http::{HeaderMap, Request as HttpRequest, Response, Uri, header},
     tls::{Certificate, PemItem, RootCerts, TlsConfig, TlsProvider, parse_pem},
     unversioned::transport::DefaultConnector,
@@ -19,14 +22,14 @@ use ureq::{
 
 use super::{
     Request,
-    address::{self, Checked},
+    address::{self, Addresses, Resolve, Route},
     budget::Budget,
     status,
     verdict::Verdict,
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{credential::Login, policy::Policy},
+    git::credential::Login,
     protocol::{GitUrl, Scheme},
 };
 
@@ -51,36 +54,18 @@ impl Client {
         request: &Request,
         url: &GitUrl,
         login: Option<&Login>,
+        resolve: &Resolve,
         verdict: Verdict,
         budget: Budget,
     ) -> Result<Self, Failure> {
-        if url.scheme() == Scheme::Http && login.is_some() {
-            let addresses = address::lookup(url.host(), url.port(), &request.policy)?;
-            if !addresses.iter().all(|address| Policy::is_loopback(address.ip())) {
-                return Err(Failure::forbidden(format!(
-                    "a credential is not sent to {} without encryption; use https",
-                    url.host()
-                )));
-            }
+        let route = Route::of(request, url, resolve)?;
+        if login.is_some() {
+            route.takes_login(url)?;
         }
-        let mut tls = TlsConfig::builder()
-            .provider(TlsProvider::Rustls)
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
-        if url.scheme() == Scheme::Https {
-            tls = tls.root_certs(authorities(request.ca_file.as_deref())?);
-        }
-        let config = Agent::config_builder()
-            .tls_config(tls.build())
-            .proxy(None)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .timeout_connect(Some(address::CONNECT))
-            .build();
-        let resolver = Checked { policy: request.policy.clone(), verdict: verdict.clone() };
+        let agent = agent(url, route, request.ca_file.as_deref())?;
         Ok(Self {
             link: Arc::new(Link {
-                agent: Agent::with_parts(config, DefaultConnector::default(), resolver),
+                agent,
                 host: url.host().to_owned(),
                 authorization: login.map(Login::basic),
                 verdict,
@@ -90,8 +75,35 @@ impl Client {
     }
 }
 
+/// A client for the scheme, host and port of `url`, which is reached by `route`.
+pub(super) fn agent(url: &GitUrl, route: Route<'_>, ca_file: Option<&Path>) -> Result<Agent, Failure> {
+    let (proxy, addresses) = match route {
+        Route::Proxy(proxy) => {
+            // Its own words would repeat the address, which may hold a password.
+            let proxy = Proxy::new(proxy).map_err(|_| Failure::internal("the proxy's address cannot be read"))?;
+            (Some(proxy), Addresses::Proxy)
+        }
+        Route::Direct(addresses) => (None, Addresses::Pinned(addresses)),
+    };
+    let mut tls = TlsConfig::builder()
+        .provider(TlsProvider::Rustls)
+        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
+    if url.scheme() == Scheme::Https {
+        tls = tls.root_certs(authorities(ca_file)?);
+    }
+    let config = Agent::config_builder()
+        .tls_config(tls.build())
+        .proxy(proxy)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .timeout_connect(Some(address::CONNECT))
+        .build();
+    Ok(Agent::with_parts(config, DefaultConnector::default(), addresses))
+}
+
 /// The certificate authorities to trust: those of `file`, else the system's.
-fn authorities(file: Option<&std::path::Path>) -> Result<RootCerts, Failure> {
+fn authorities(file: Option<&Path>) -> Result<RootCerts, Failure> {
     let Some(file) = file else {
         let found = rustls_native_certs::load_native_certs();
         if found.certs.is_empty() {
@@ -171,14 +183,23 @@ impl Link {
     }
 
     fn network(&self, error: &ureq::Error) -> Failure {
-        let what = match error {
-            ureq::Error::Tls(_) | ureq::Error::Rustls(_) | ureq::Error::Pem(_) => "no trusted connection could be made",
-            ureq::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => {
-                "no trusted connection could be made"
+        use io::ErrorKind::{InvalidData, UnexpectedEof};
+        let failure = |what: &str| Failure::new(ErrorClass::Network, format!("{}: {what}: {error}", self.host));
+        match error {
+            ureq::Error::Tls(_) | ureq::Error::Rustls(_) | ureq::Error::Pem(_) => {
+                failure("no trusted connection could be made")
             }
-            _ => "the connection failed",
-        };
-        Failure::new(ErrorClass::Network, format!("{}: {what}: {error}", self.host))
+            ureq::Error::Io(error) if error.kind() == InvalidData => failure("no trusted connection could be made"),
+            ureq::Error::ConnectProxyFailed(said) if said.contains(" 403/") => {
+                Failure::forbidden(format!("{}: the proxy does not connect to it", self.host))
+            }
+            // It speaks, only not what we want to hear.
+            ureq::Error::Protocol(_) | ureq::Error::Http(_) | ureq::Error::LargeResponseHeader(..) => {
+                failure("it gave no proper answer")
+            }
+            ureq::Error::Io(error) if error.kind() == UnexpectedEof => failure("the connection failed"),
+            _ => failure("the connection failed").unreachable(),
+        }
     }
 }
 

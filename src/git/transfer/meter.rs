@@ -14,11 +14,20 @@ use gix::progress::{Count, Id, MessageLevel, NestedProgress, Step, StepShared, U
 use crate::{git::child::Reporter, protocol::Progress};
 
 /// The engine's name for the counter of bytes of the pack.
-const PACK_BYTES: Id = *b"BWRB";
+pub(super) const PACK_BYTES: Id = *b"BWRB";
 /// Its name for that of objects received.
-const INDEXED_OBJECTS: Id = *b"IWIO";
+pub(super) const INDEXED_OBJECTS: Id = *b"IWIO";
 /// Its name for that of objects whose deltas were resolved.
-const RESOLVED_OBJECTS: Id = *b"IWRO";
+pub(super) const RESOLVED_OBJECTS: Id = *b"IWRO";
+/// Its name for that of bytes of the index written.
+const INDEX_BYTES: Id = *b"IWBW";
+/// Ours for what was read from the upstream, listings and answers included.
+const RECEIVED: Id = *b"HRCV";
+/// Ours for a plain sign of life.
+const MOVED: Id = *b"HMVD";
+/// What counts as movement of an upstream, in bytes: one that sends less within the stall limit keeps the connection
+/// and nothing else, however often it sends a little. Keep-alives of git come to a few bytes a second.
+const MOVEMENT: u64 = 512;
 
 /// All counters of one transfer; clones count together.
 #[derive(Clone, Default)]
@@ -30,6 +39,17 @@ struct Counter {
     count: StepShared,
     /// 0 while unknown.
     most: StepShared,
+}
+
+/// What tells whether anything moves. Two kinds, because one of them is the upstream's to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Signs {
+    /// What the node itself does, a step at a time.
+    steps: u64,
+    /// What the upstream has sent.
+    received: u64,
+    /// The phases are few: each may count once.
+    phase: &'static str,
 }
 
 /// One counter, as the engine wants it.
@@ -45,9 +65,14 @@ impl Meter {
         self.add(String::new(), UNKNOWN)
     }
 
-    /// A plain counter of things that move.
+    /// A counter of steps that the node makes by itself: each is a sign of life.
     pub(super) fn moved(&self) -> StepShared {
-        self.add(String::new(), UNKNOWN).counter.count
+        self.add(String::new(), MOVED).counter.count
+    }
+
+    /// A counter of bytes that an upstream sends: a sign of life once there are enough of them.
+    pub(super) fn received(&self) -> StepShared {
+        self.add(String::new(), RECEIVED).counter.count
     }
 
     /// The bytes of packs received so far.
@@ -55,19 +80,25 @@ impl Meter {
         self.sum(PACK_BYTES).0
     }
 
-    /// Does `work` while everything that moves is reported every `tick`.
+    /// How many objects of packs were received and are expected, so far.
+    pub(super) fn objects(&self) -> (u64, u64) {
+        self.sum(INDEXED_OBJECTS)
+    }
+
+    /// Does `work` while everything that moves is reported every `tick`. Nothing is said while nothing does, and the
+    /// agent's stall limit passes.
     pub(super) fn reporting<T>(&self, tick: Duration, reporter: &Reporter, work: impl FnOnce() -> T) -> T {
         let (done, ended) = channel::<()>();
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 reporter.progress(self.progress());
-                let mut before = self.total();
+                let mut before = self.signs();
                 while ended.recv_timeout(tick) == Err(RecvTimeoutError::Timeout) {
-                    let now = self.total();
-                    if now != before {
+                    let now = self.signs();
+                    if now.moved_since(&before) {
                         reporter.progress(self.progress());
+                        before = now;
                     }
-                    before = now;
                 }
             });
             let result = work();
@@ -77,15 +108,30 @@ impl Meter {
     }
 
     fn progress(&self) -> Progress {
-        let bytes = self.pack_bytes();
-        let (resolved, of) = self.sum(RESOLVED_OBJECTS);
-        let (received, expected) = self.sum(INDEXED_OBJECTS);
-        let (phase, done, most) = match (resolved, bytes) {
-            (0, 0) => ("connecting", 0, 0),
-            (0, _) => ("receiving", received, expected),
-            _ => ("resolving", resolved, of),
+        let (phase, bytes) = (self.phase(), self.pack_bytes());
+        let (done, most) = match phase {
+            "receiving" => self.sum(INDEXED_OBJECTS),
+            "resolving" => self.sum(RESOLVED_OBJECTS),
+            _ => (0, 0),
         };
-        Progress { phase: phase.to_owned(), done, total: Some(most).filter(|&most| most > 0), bytes }
+        let total = Some(most).filter(|&most| most > 0);
+        Progress { phase: phase.to_owned(), done, total, bytes, ..Progress::default() }
+    }
+
+    fn phase(&self) -> &'static str {
+        match (self.sum(RESOLVED_OBJECTS).0, self.pack_bytes(), self.sum(RECEIVED).0) {
+            (0, 0, 0) => "connecting",
+            (0, 0, _) => "listing",
+            (0, _, _) => "receiving",
+            _ => "resolving",
+        }
+    }
+
+    fn signs(&self) -> Signs {
+        let steps = [RESOLVED_OBJECTS, INDEX_BYTES, MOVED].map(|id| self.sum(id).0).into_iter().sum();
+        // A transport may count only one of them.
+        let received = self.sum(RECEIVED).0.max(self.pack_bytes());
+        Signs { steps, received, phase: self.phase() }
     }
 
     /// How much was counted and is expected under `id`.
@@ -98,16 +144,16 @@ impl Meter {
             .fold((0, 0), |(count, most), counter| (count + load(&counter.count), most + load(&counter.most)))
     }
 
-    /// A number that changes whenever anything is counted.
-    fn total(&self) -> usize {
-        let counters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counters.iter().fold(counters.len(), |sum, counter| sum.wrapping_add(counter.count.load(Ordering::Relaxed)))
-    }
-
     fn add(&self, name: String, id: Id) -> Hand {
         let counter = Counter { id, count: Arc::new(AtomicUsize::new(0)), most: Arc::new(AtomicUsize::new(0)) };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(counter.clone());
         Hand { meter: self.clone(), counter, name }
+    }
+}
+
+impl Signs {
+    fn moved_since(&self, before: &Self) -> bool {
+        self.steps != before.steps || self.phase != before.phase || self.received >= before.received + MOVEMENT
     }
 }
 
@@ -139,11 +185,8 @@ impl gix::Progress for Hand {
     }
 
     fn set_name(&mut self, name: String) {
-        // What the upstream says beside the pack arrives as a name: it is a sign of life.
-        if name != self.name {
-            self.inc_by(1);
-            self.name = name;
-        }
+        // What the upstream says beside the pack arrives as a name. That it said something is in the bytes received.
+        self.name = name;
     }
 
     fn name(&self) -> Option<String> {
@@ -196,12 +239,38 @@ mod tests {
     }
 
     #[test]
-    fn anything_counted_is_a_sign_of_life() {
+    fn a_trickle_of_the_upstream_is_no_movement_and_a_step_of_our_own_is() {
         let meter = Meter::default();
-        let before = meter.total();
-        let moved = meter.moved();
-        let between = meter.total();
-        moved.fetch_add(1, Ordering::Relaxed);
-        assert!(before != between && between != meter.total());
+        let mut root = meter.hand();
+        let received = meter.received();
+        received.fetch_add(1, Ordering::Relaxed);
+        let bytes = root.add_child_with_id("read pack", PACK_BYTES);
+        let objects = root.add_child_with_id("indexing", INDEXED_OBJECTS);
+        bytes.inc_by(1);
+        let before = meter.signs();
+        for said in 0..100 {
+            received.fetch_add(1, Ordering::Relaxed);
+            bytes.inc_by(1);
+            objects.inc_by(1);
+            root.set_name(format!("remote: still there {said}"));
+        }
+        assert!(!meter.signs().moved_since(&before));
+        received.fetch_add(500, Ordering::Relaxed);
+        assert!(meter.signs().moved_since(&before));
+        let before = meter.signs();
+        root.add_child_with_id("writing", INDEX_BYTES).inc_by(1);
+        assert!(meter.signs().moved_since(&before));
+    }
+
+    #[test]
+    fn each_phase_counts_as_movement_once() {
+        let meter = Meter::default();
+        let received = meter.received();
+        let before = meter.signs();
+        received.fetch_add(1, Ordering::Relaxed);
+        let after = meter.signs();
+        assert!(after.moved_since(&before));
+        received.fetch_add(1, Ordering::Relaxed);
+        assert!(!meter.signs().moved_since(&after));
     }
 }

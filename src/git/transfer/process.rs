@@ -94,6 +94,12 @@ impl Program {
         Ok(Self { name: "ssh", arguments, path: url.path() })
     }
 
+    /// The options alone, without host and command.
+    pub(super) fn options(&self) -> &[OsString] {
+        let end = self.arguments.iter().position(|argument| argument == "--").unwrap_or(self.arguments.len());
+        &self.arguments[..end]
+    }
+
     /// `git upload-pack` for a repository on this machine.
     ///
     /// # Errors
@@ -190,8 +196,10 @@ fn judge(name: &str, code: Option<i32>, said: &str) -> Failure {
     } else {
         ErrorClass::Network
     };
-    let code = code.map_or_else(|| "a signal".to_owned(), |code| format!("code {code}"));
-    Failure::new(class, format!("{name} ended with {code}: {}", crate::protocol::printable(said)))
+    let shown = code.map_or_else(|| "a signal".to_owned(), |code| format!("code {code}"));
+    let mut failure = Failure::new(class, format!("{name} ended with {shown}: {}", crate::protocol::printable(said)));
+    failure.unreachable = name == "ssh" && code == Some(255) && class == ErrorClass::Network;
+    failure
 }
 
 /// What the program writes.

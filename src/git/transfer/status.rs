@@ -44,6 +44,8 @@ pub(super) fn failure(
     if class == ErrorClass::Throttled || class == ErrorClass::Network {
         failure.retry_after = retry_after.map(|wait| wait.min(LONGEST_WAIT));
     }
+    // A gateway that tells of the host behind it; a 500 may be the matter of one repository.
+    failure.unreachable = class == ErrorClass::Network && matches!(status, 502..=504);
     Some(failure)
 }
 
@@ -82,6 +84,8 @@ mod tests {
             assert_eq!(failure("h", status, false, None, false).unwrap().class, class, "{status}");
         }
         assert!(failure("h", 200, false, None, false).is_none());
+        let unreachable = |status| failure("h", status, false, None, false).unwrap().unreachable;
+        assert_eq!([500, 502, 503, 504, 429, 404].map(unreachable), [false, true, true, true, false, false]);
     }
 
     #[test]

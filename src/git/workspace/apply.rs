@@ -1,24 +1,30 @@
 //! Writing what a pull brings: each file beside its place first, then by one rename.
+//!
+//! Whoever works in the project does so at the same time. So nothing is overwritten or removed at its place: it is taken
+//! out of it, looked at where nobody else puts anything, and put back if it is the user's.
 
 use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
 
 use git2::{ObjectType, Oid, Repository, build::CheckoutBuilder};
 use rustix::{
-    fs::{AtFlags, Mode, mkdirat, renameat, unlinkat},
+    fs::{AtFlags, Mode, RenameFlags, mkdirat, renameat, renameat_with, unlinkat},
     io::Errno,
 };
 
 use super::{
-    guard::altered,
+    guard::{altered, among},
     open::fault,
     plan::{self, Change, Found, Side},
     waiting::Waiting,
 };
 use crate::{
-    failure::Failure,
+    failure::{ErrorClass, Failure},
     git::{child::Reporter, projects::Dir},
     protocol::Progress,
 };
+
+/// The name, among what waits, of a file that is being removed.
+const LEAVING: &str = "leaving";
 
 /// Files as a checkout writes them, apart from the working tree.
 pub(super) struct Stage(Dir);
@@ -29,17 +35,28 @@ impl Stage {
         let path = waiting.directory()?;
         let filled = fill(repo, &path, tree, paths);
         filled.map_err(|error| fault("files cannot be written beside their places", &error))?;
-        Ok(Self(Dir::open(&path)?))
+        Ok(Self(Dir::open(&path).map_err(among)?))
     }
 
-    /// What waits for `path`, as it stands there.
-    pub(super) fn side(&self, path: &[u8], like: Side) -> Result<Option<Side>, Failure> {
+    /// Asserts that every one of `paths` is there, before the first of them is moved.
+    pub(super) fn check(&self, paths: &[&[u8]]) -> Result<(), Failure> {
+        for path in paths {
+            if matches!(plan::find(&self.0, path)?, Found::Nothing | Found::Directory) {
+                let path = String::from_utf8_lossy(path);
+                return Err(Failure::new(ErrorClass::Corrupt, format!("{path} of the upstream cannot be checked out")));
+            }
+        }
+        Ok(())
+    }
+
+    /// What waits for `path`, as it stands there, and its length.
+    pub(super) fn side(&self, path: &[u8], like: Side) -> Result<Option<(Side, u64)>, Failure> {
         if like.is_link() || like.is_submodule() {
-            return Ok(Some(like));
+            return Ok(Some((like, 0)));
         }
         let Some(content) = plan::read(&self.0, path)? else { return Ok(None) };
         let id = Oid::hash_object(ObjectType::Blob, &content).map_err(|error| Failure::internal(error.to_string()))?;
-        Ok(Some(Side { id, mode: like.mode }))
+        Ok(Some((Side { id, mode: like.mode }, content.len() as u64)))
     }
 }
 
@@ -68,20 +85,31 @@ fn fill(repo: &Repository, into: &Path, tree: Oid, paths: &[&[u8]]) -> Result<()
 ///
 /// # Errors
 /// `conflict` where a path was changed since it was judged; what was written before stays, and is clean next time.
-pub(super) fn apply(root: &Dir, stage: &Stage, changes: &[Change], reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn apply(
+    root: &Dir,
+    waiting: &Waiting,
+    stage: &Stage,
+    changes: &[Change],
+    reporter: &Reporter,
+) -> Result<(), Failure> {
     let total = changes.len() as u64;
     let mut done = 0_u64;
     let mut moved = || {
         done += 1;
         if done.is_multiple_of(64) || done == total {
-            reporter.progress(Progress { phase: "checkout".to_owned(), done, total: Some(total), bytes: 0 });
+            reporter.progress(Progress {
+                phase: "checkout".to_owned(),
+                done,
+                total: Some(total),
+                ..Progress::default()
+            });
         }
     };
     // From the deepest up, so that a directory can make room for a file.
     let mut leaving: Vec<_> = changes.iter().filter(|change| change.new.is_none()).collect();
     leaving.sort_by(|a, b| b.path.cmp(&a.path));
     for change in leaving {
-        remove(root, change)?;
+        remove(root, waiting, change)?;
         moved();
     }
     for change in changes {
@@ -93,13 +121,10 @@ pub(super) fn apply(root: &Dir, stage: &Stage, changes: &[Change], reporter: &Re
     Ok(rustix::fs::syncfs(root).map_err(std::io::Error::from)?)
 }
 
-fn remove(root: &Dir, change: &Change) -> Result<(), Failure> {
+fn remove(root: &Dir, waiting: &Waiting, change: &Change) -> Result<(), Failure> {
     if !change.old.is_some_and(Side::is_submodule) && plan::find(root, &change.path)? == Found::Directory {
         // The file is gone, and what is to come beneath its name may be there already.
         return Ok(());
-    }
-    if !plan::is_clean(root, change)? {
-        return Err(raced(&change.path));
     }
     let (parent, name) = plan::split(&change.path);
     let opened = parent.map(|parent| plan::enter(root, parent)).transpose()?;
@@ -108,14 +133,36 @@ fn remove(root: &Dir, change: &Change) -> Result<(), Failure> {
         Some(Some(dir)) => dir,
         None => root,
     };
-    let flags = if change.old.is_some_and(Side::is_submodule) { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-    match unlinkat(dir, OsStr::from_bytes(name), flags) {
-        // A submodule that holds something stays where it is.
-        Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::NOTDIR) => {}
-        Err(error) => return Err(std::io::Error::from(error).into()),
+    let name = OsStr::from_bytes(name);
+    if change.old.is_some_and(Side::is_submodule) {
+        match unlinkat(dir, name, AtFlags::REMOVEDIR) {
+            // A submodule that holds something stays where it is.
+            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::NOTDIR) => {}
+            Err(error) => return Err(unwritten(&change.path, error)),
+        }
+    } else {
+        take_out(waiting, dir, name, change)?;
     }
     prune(root, parent);
     Ok(())
+}
+
+/// Removes a file, unless it turns out to be the user's once it is out of its place.
+fn take_out(waiting: &Waiting, dir: &Dir, name: &OsStr, change: &Change) -> Result<(), Failure> {
+    match renameat(dir, name, &waiting.dir, LEAVING) {
+        Ok(()) => {}
+        Err(Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(unwritten(&change.path, error)),
+    }
+    if plan::is_clean_at(&waiting.dir, LEAVING.as_bytes(), change)? {
+        return unlinkat(&waiting.dir, LEAVING, AtFlags::empty()).map_err(|error| unwritten(&change.path, error));
+    }
+    // Where the user made another of this name meanwhile, the older one is kept beside it.
+    if renameat_with(&waiting.dir, LEAVING, dir, name, RenameFlags::NOREPLACE).is_err() {
+        let beside = format!("{}.haul-{:08x}", name.display(), rand::random::<u32>());
+        renameat(&waiting.dir, LEAVING, dir, beside.as_str()).map_err(|error| unwritten(&change.path, error))?;
+    }
+    Err(raced(&change.path))
 }
 
 /// Removes the directories on the way that are empty now.
@@ -142,7 +189,9 @@ fn put(root: &Dir, stage: &Stage, change: &Change, side: Side) -> Result<(), Fai
     let found = plan::find(root, &change.path)?;
     if side.is_submodule() {
         return match found {
-            Found::Nothing => Ok(mkdirat(dir, name, Mode::from_raw_mode(0o755)).map_err(std::io::Error::from)?),
+            Found::Nothing => {
+                mkdirat(dir, name, Mode::from_raw_mode(0o755)).map_err(|error| unwritten(&change.path, error))
+            }
             Found::Directory => Ok(()),
             _ => Err(raced(&change.path)),
         };
@@ -150,26 +199,65 @@ fn put(root: &Dir, stage: &Stage, change: &Change, side: Side) -> Result<(), Fai
     if found == Found::Directory {
         // Whatever left it has left it empty by now.
         unlinkat(dir, name, AtFlags::REMOVEDIR).map_err(|_| raced(&change.path))?;
-    } else if !plan::is_clean(root, change)? {
+    }
+    let waiting = parent.map(|parent| stage.0.child(OsStr::from_bytes(parent))).transpose().map_err(among)?;
+    put_in(stage, waiting.as_ref().unwrap_or(&stage.0), dir, name, change)
+}
+
+/// Puts the file that waits in `waiting` into its place, and what stood there back if that is the user's.
+fn put_in(stage: &Stage, waiting: &Dir, dir: &Dir, name: &OsStr, change: &Change) -> Result<(), Failure> {
+    let failed = |error| unwritten(&change.path, error);
+    match renameat_with(waiting, name, dir, name, RenameFlags::NOREPLACE) {
+        Err(Errno::EXIST) => {}
+        // Not every file system can do either; there, the look before is all that there is.
+        Err(Errno::INVAL) => return put_over(waiting, dir, name, change),
+        other => return other.map_err(failed),
+    }
+    let ours = waiting.look(name).map_err(among)?.map(|stat| stat.st_ino);
+    match renameat_with(waiting, name, dir, name, RenameFlags::EXCHANGE) {
+        Err(Errno::INVAL) => return put_over(waiting, dir, name, change),
+        // It went away in between.
+        Err(Errno::NOENT) => return renameat_with(waiting, name, dir, name, RenameFlags::NOREPLACE).map_err(failed),
+        other => other.map_err(failed)?,
+    }
+    if plan::is_clean(&stage.0, change)? {
+        return Ok(());
+    }
+    match renameat_with(waiting, name, dir, name, RenameFlags::EXCHANGE) {
+        Err(Errno::NOENT) => renameat_with(waiting, name, dir, name, RenameFlags::NOREPLACE).map_err(failed)?,
+        other => other.map_err(failed)?,
+    }
+    if waiting.look(name).map_err(among)?.map(|stat| stat.st_ino) != ours {
+        // The user put a newer one there in this moment.
+        let _ = renameat_with(waiting, name, dir, name, RenameFlags::EXCHANGE);
+    }
+    Err(raced(&change.path))
+}
+
+fn put_over(waiting: &Dir, dir: &Dir, name: &OsStr, change: &Change) -> Result<(), Failure> {
+    if !plan::is_clean_at(dir, name.as_bytes(), change)? {
         return Err(raced(&change.path));
     }
-    let waiting = parent.map(|parent| stage.0.child(OsStr::from_bytes(parent))).transpose()?;
-    renameat(waiting.as_ref().unwrap_or(&stage.0), name, dir, name).map_err(std::io::Error::from)?;
-    Ok(())
+    renameat(waiting, name, dir, name).map_err(|error| unwritten(&change.path, error))
 }
 
 /// Opens the directory at `path`, making what is missing of it.
 fn make_way(root: &Dir, path: &[u8]) -> Result<Dir, Failure> {
-    let mut at = root.child(".")?;
+    let mut at = root.child(".").map_err(among)?;
     for name in path.split(|&byte| byte == b'/') {
         let name = OsStr::from_bytes(name);
         match mkdirat(&at, name, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(std::io::Error::from(error).into()),
+            Err(error) => return Err(unwritten(path, error)),
         }
         at = at.child(name).map_err(|_| raced(path))?;
     }
     Ok(at)
+}
+
+fn unwritten(path: &[u8], error: Errno) -> Failure {
+    let failure = among(error.into());
+    Failure { message: format!("{}: {}", String::from_utf8_lossy(path), failure.message), ..failure }
 }
 
 fn raced(path: &[u8]) -> Failure {

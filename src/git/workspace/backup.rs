@@ -1,13 +1,13 @@
 //! Keeping what a pull was asked to overwrite: as a commit under a ref of its own.
 
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+use std::{ffi::OsStr, io::Read, os::unix::ffi::OsStrExt};
 
-use git2::{Commit, Index, IndexEntry, IndexTime, Repository, Signature};
+use git2::{Commit, Index, IndexEntry, IndexTime, Oid, Repository, Signature};
 use rustix::fs::{AtFlags, unlinkat};
 
 use super::{
     apply,
-    guard::altered,
+    guard::{altered, among},
     open::fault,
     plan::{self, Change, Found, Side},
 };
@@ -20,6 +20,7 @@ use crate::{
 pub(super) struct Saved {
     path: Vec<u8>,
     side: Side,
+    length: u64,
 }
 
 /// Reads everything at `paths`, however deep, into objects.
@@ -38,11 +39,11 @@ pub(super) fn collect<'a>(
     while let Some(path) = waiting.pop() {
         reporter.step();
         let shown = String::from_utf8_lossy(&path).into_owned();
-        let (content, mode) = match plan::find(root, &path)? {
+        let (id, length, mode) = match plan::find(root, &path)? {
             Found::Nothing => continue,
             Found::Directory => {
                 let Some(dir) = plan::enter(root, &path)? else { continue };
-                for (name, _) in dir.entries()? {
+                for (name, _) in dir.entries().map_err(among)? {
                     if name == ".git" {
                         return Err(Failure::conflict(format!("a repository of its own is in the way: {shown}")));
                     }
@@ -55,16 +56,28 @@ pub(super) fn collect<'a>(
                 if bytes > longest {
                     return Err(Failure::new(ErrorClass::Quota, "what is in the way is larger than git.max_bytes"));
                 }
-                let Some(content) = plan::read(root, &path)? else { continue };
-                (content, if executable { 0o100_755 } else { 0o100_644 })
+                let Some((id, length)) = keep(repo, root, &path, longest)? else { continue };
+                (id, length, if executable { 0o100_755 } else { 0o100_644 })
             }
-            Found::Link(target) => (target, 0o120_000),
+            Found::Link(target) => {
+                let id = repo.blob(&target).map_err(|error| fault("a link cannot be saved", &error))?;
+                (id, target.len() as u64, 0o120_000)
+            }
             Found::Other => return Err(altered(format!("{shown} is neither a file nor a directory"))),
         };
-        let id = repo.blob(&content).map_err(|error| fault("a file cannot be saved", &error))?;
-        saved.push(Saved { path, side: Side { id, mode } });
+        saved.push(Saved { path, side: Side { id, mode }, length });
     }
     Ok(saved)
+}
+
+/// Writes a file into an object piece by piece, however long it is; `None` where it is gone by now.
+fn keep(repo: &Repository, root: &Dir, path: &[u8], longest: u64) -> Result<Option<(Oid, u64)>, Failure> {
+    let Some(file) = plan::open(root, path)? else { return Ok(None) };
+    let unwritten = |error: git2::Error| fault("a file cannot be saved", &error);
+    let mut blob = repo.blob_writer(None).map_err(unwritten)?;
+    // It was measured before, and may grow while it is read.
+    let length = std::io::copy(&mut file.take(longest), &mut blob).map_err(among)?;
+    Ok(Some((blob.commit().map_err(unwritten)?, length)))
 }
 
 /// Commits what was saved on top of `head`, with the index as it was beside it; `name` is the ref.
@@ -111,10 +124,11 @@ pub(super) fn commit(
 pub(super) fn clear(root: &Dir, changes: &mut [Change], saved: Vec<Saved>) -> Result<(), Failure> {
     for file in saved {
         if let Ok(at) = changes.binary_search_by(|change| change.path.cmp(&file.path)) {
-            changes[at].also.push(file.side);
+            changes[at].allow(Some((file.side, file.length)));
             continue;
         }
-        let judged = Change { path: file.path, old: Some(file.side), new: None, also: Vec::new() };
+        let (old, longest) = (Some(file.side), file.length);
+        let judged = Change { path: file.path, old, new: None, also: Vec::new(), lfs: Vec::new(), longest };
         if !plan::is_clean(root, &judged)? {
             let shown = String::from_utf8_lossy(&judged.path).into_owned();
             return Err(altered(format!("{shown} changed while it was saved")));
@@ -123,7 +137,7 @@ pub(super) fn clear(root: &Dir, changes: &mut [Change], saved: Vec<Saved>) -> Re
         let opened = parent.map(|parent| plan::enter(root, parent)).transpose()?.flatten();
         if parent.is_none() || opened.is_some() {
             let dir = opened.as_ref().unwrap_or(root);
-            unlinkat(dir, OsStr::from_bytes(name), AtFlags::empty()).map_err(std::io::Error::from)?;
+            unlinkat(dir, OsStr::from_bytes(name), AtFlags::empty()).map_err(|error| among(error.into()))?;
             apply::prune(root, parent);
         }
     }

@@ -3,13 +3,13 @@
 //! A pipe in place of a file blocks for ever, and a link leads out of the project. Whoever writes there can do so after
 //! the check as well; the stall limit of the agent bounds what the check cannot see.
 
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt};
 
-use rustix::fs::FileType;
+use rustix::{fs::FileType, io::Errno};
 
 use super::waiting;
 use crate::{
-    failure::Failure,
+    failure::{ErrorClass, Failure},
     git::{child::Reporter, projects::Dir},
 };
 
@@ -18,7 +18,7 @@ const MOST: usize = 300_000;
 /// The deepest directory of a `.git`.
 const DEEPEST: usize = 64;
 /// The longest file that is read as a whole, in bytes.
-const LONGEST: u64 = 1 << 30;
+pub(super) const LONGEST: u64 = 1 << 28;
 /// The longest configuration, in bytes.
 const LONGEST_CONFIG: u64 = 1 << 20;
 /// Not read by anything we do.
@@ -31,13 +31,25 @@ pub(super) fn altered(what: impl std::fmt::Display) -> Failure {
     Failure::conflict(format!("the workspace was altered: {what}"))
 }
 
+/// What an error of the file system among a user's files means: what the user made of them, unless the disk or this
+/// process is at its end.
+pub(super) fn among(error: io::Error) -> Failure {
+    match Errno::from_io_error(&error) {
+        None | Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::BADF) => Failure::from(error),
+        Some(_) => match Failure::from(error) {
+            failure if failure.class == ErrorClass::Disk => failure,
+            failure => altered(failure.message),
+        },
+    }
+}
+
 /// Checks the `.git` of `directory`.
 ///
 /// # Errors
 /// `conflict` for anything but plain files and directories in it, or where it leads out.
 pub(super) fn check(directory: &Dir, reporter: &Reporter) -> Result<(), Failure> {
     let is_directory = |stat: &rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-    match directory.look(".git")? {
+    match directory.look(".git").map_err(among)? {
         Some(stat) if is_directory(&stat) => {}
         Some(_) => return Err(altered(".git is not a directory")),
         None => return Err(altered(".git is gone")),
@@ -58,10 +70,17 @@ pub(super) fn check(directory: &Dir, reporter: &Reporter) -> Result<(), Failure>
     for name in ["objects", "refs"] {
         git.child(name).map_err(|error| altered(format!(".git/{name}: {error}")))?;
     }
-    let config = git.read("config", LONGEST_CONFIG).map_err(|error| altered(format!(".git/config: {error}")))?;
-    let config = config.ok_or_else(|| altered(".git/config is gone"))?.to_ascii_lowercase();
-    if config.windows(8).any(|window| window == b"[include") {
-        return Err(altered(".git/config includes other files"));
+    for (name, needed) in [("config", true), ("config.worktree", false)] {
+        let config = git.read(name, LONGEST_CONFIG).map_err(|error| altered(format!(".git/{name}: {error}")))?;
+        let Some(config) = config else {
+            if needed {
+                return Err(altered(format!(".git/{name} is gone")));
+            }
+            continue;
+        };
+        if config.to_ascii_lowercase().windows(8).any(|window| window == b"[include") {
+            return Err(altered(format!(".git/{name} includes other files")));
+        }
     }
     let mut seen = 0;
     tree(&git, 0, false, &mut seen, reporter)
@@ -72,7 +91,7 @@ fn tree(dir: &Dir, depth: usize, objects: bool, seen: &mut usize, reporter: &Rep
     if depth > DEEPEST {
         return Err(altered("a directory in .git is too deep"));
     }
-    for (name, kind) in dir.entries()? {
+    for (name, kind) in dir.entries().map_err(among)? {
         *seen += 1;
         if *seen > MOST {
             return Err(altered(format!(".git has more than {MOST} entries")));
@@ -90,7 +109,8 @@ fn tree(dir: &Dir, depth: usize, objects: bool, seen: &mut usize, reporter: &Rep
             }
             // Packs are mapped piece by piece, and single objects are many.
             FileType::RegularFile if objects && !name.as_bytes().ends_with(b".idx") => {}
-            FileType::Socket if depth == 0 => {}
+            // That of git's own watcher; nothing opens it here.
+            FileType::Socket if depth == 0 && name == "fsmonitor--daemon.ipc" => {}
             _ => plain(dir, &name, LONGEST)?,
         }
     }
@@ -99,7 +119,7 @@ fn tree(dir: &Dir, depth: usize, objects: bool, seen: &mut usize, reporter: &Rep
 
 /// Checks that `name`, if it is there, is a regular file of a bearable length.
 fn plain(dir: &Dir, name: &OsStr, longest: u64) -> Result<(), Failure> {
-    let Some(stat) = dir.look(name)? else { return Ok(()) };
+    let Some(stat) = dir.look(name).map_err(among)? else { return Ok(()) };
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(altered(format!("{} is not a regular file", name.display())));
     }

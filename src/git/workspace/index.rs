@@ -1,6 +1,11 @@
 //! The index of a project, worked on in a copy and put back whole.
 
-use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, path::Path};
+use std::{
+    ffi::OsStr,
+    io::{self, Read},
+    os::unix::ffi::OsStrExt,
+    path::Path,
+};
 
 use git2::{Index, IndexEntry, IndexTime};
 use rustix::{
@@ -9,6 +14,7 @@ use rustix::{
 };
 
 use super::{
+    guard::{LONGEST, altered, among},
     open::fault,
     plan::{self, Change},
     waiting::{INDEX, Waiting},
@@ -33,18 +39,22 @@ impl Copied {
     pub(super) fn open(waiting: &Waiting) -> Result<Self, Failure> {
         match unlinkat(&waiting.dir, INDEX, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
-            Err(error) => return Err(io::Error::from(error).into()),
+            Err(error) => return Err(among(error.into())),
         }
         let version = match waiting.git.open_file(INDEX, OFlags::RDONLY, 0) {
-            Ok(mut from) => {
+            Ok(from) => {
                 let version = version(&rustix::fs::fstat(&from).map_err(io::Error::from)?);
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-                io::copy(&mut from, &mut waiting.dir.open_file(INDEX, flags, 0o644)?)?;
+                let mut to = waiting.dir.open_file(INDEX, flags, 0o644).map_err(among)?;
+                // It was checked before, and may have grown since.
+                if io::copy(&mut from.take(LONGEST + 1), &mut to).map_err(among)? > LONGEST {
+                    return Err(altered("the index is too long to be read"));
+                }
                 Some(version)
             }
             // A project without commits has none.
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(among(error)),
         };
         let index = Index::open(&waiting.join(INDEX)).map_err(|error| fault("its index cannot be read", &error))?;
         if index.has_conflicts() {

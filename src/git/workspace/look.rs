@@ -1,6 +1,6 @@
 //! Looking at a project without changing anything.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ffi::OsStr, os::unix::ffi::OsStrExt};
 
 use git2::{Oid, Repository, RepositoryState, StatusOptions};
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,8 @@ use crate::{
 const MOST_REFS: usize = 4000;
 /// The most ends of its history that a project may have: they must fit one line together with the refs.
 const MOST_BOUNDARY: u64 = 2000;
+/// Files longer than this are not read only to find that they changed, in bytes.
+const LONG: u64 = 64 << 20;
 
 /// What to look at besides the head.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -77,7 +79,7 @@ pub(super) fn run(directory: &Dir, order: &Look, reporter: &Reporter) -> Result<
     }
     if order.status {
         reporter.step();
-        looked.dirty = Some(dirty(&repo).map_err(|error| fault("its status cannot be read", &error))?);
+        looked.dirty = Some(dirty(&repo, directory).map_err(|error| fault("its status cannot be read", &error))?);
         reporter.step();
         let upstream = looked.branch.as_deref().and_then(|branch| upstream(&repo, branch));
         if let (Some(commit), Some(upstream)) = (commit, upstream) {
@@ -152,7 +154,28 @@ fn refs(repo: &Repository, pattern: &str, looked: &mut Looked) -> Result<(), git
     Ok(())
 }
 
-fn dirty(repo: &Repository) -> Result<bool, git2::Error> {
+/// Whether a tracked file is so much longer than what was checked out that reading it would be all that is done: it costs
+/// nothing to make one a terabyte long.
+fn grown(repo: &Repository, root: &Dir) -> Result<bool, git2::Error> {
+    let odb = repo.odb()?;
+    for entry in repo.index()?.iter().filter(|entry| entry.mode & 0o170_000 == 0o100_000) {
+        let Ok(Some(stat)) = root.look(OsStr::from_bytes(&entry.path)) else { continue };
+        let length = u64::try_from(stat.st_size).unwrap_or(0);
+        // The index has the lower half of the length.
+        if length > LONG
+            && (length > u64::from(u32::MAX) || length != u64::from(entry.file_size))
+            && odb.read_header(entry.id).is_ok_and(|(stored, _)| stored as u64 != length)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn dirty(repo: &Repository, root: &Dir) -> Result<bool, git2::Error> {
+    if grown(repo, root)? {
+        return Ok(true);
+    }
     let mut options = StatusOptions::new();
     options.include_untracked(true).recurse_untracked_dirs(false).exclude_submodules(true).update_index(false);
     Ok(!repo.statuses(Some(&mut options))?.is_empty())

@@ -25,7 +25,7 @@ use crate::{
         child::Reporter,
         mirror::Listing,
         projects::{Dir, Follows},
-        room,
+        room::{blamed, room},
     },
     protocol::Progress,
 };
@@ -80,7 +80,7 @@ pub(super) fn run(directory: &Dir, order: &Make, reporter: &Reporter) -> Result<
         let size = walk::walk(&repo, tree, order.budget, reporter)?;
         room(&root, "projects", size.bytes, order.reserve)?;
         made.files = size.files;
-        check_out(&repo, tree, &root, made.files, reporter)?;
+        check_out(&repo, tree, &root, made.files, order.reserve, reporter)?;
         made.head = Some(commit.to_string());
     }
     let refs = refs(&repo, order, made.head.as_deref())?;
@@ -119,8 +119,9 @@ fn refs(
 /// The commit and the tree behind an object, which may be a tag.
 fn resolve(repo: &Repository, object: &str) -> Result<(ObjectId, ObjectId), Failure> {
     let object = repo
-        .find_object(id(object)?)
-        .map_err(|_| Failure::new(ErrorClass::NotFound, format!("the upstream has no object {object}")))?;
+        .try_find_object(id(object)?)
+        .map_err(|error| damaged(&error))?
+        .ok_or_else(|| Failure::new(ErrorClass::NotFound, format!("the upstream has no object {object}")))?;
     let commit = object
         .peel_to_commit()
         .map_err(|_| Failure::invalid("what was asked for is not a commit and does not point to one"))?;
@@ -128,7 +129,14 @@ fn resolve(repo: &Repository, object: &str) -> Result<(ObjectId, ObjectId), Fail
     Ok((commit.id, tree))
 }
 
-fn check_out(repo: &Repository, tree: ObjectId, root: &Path, total: u64, reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn check_out(
+    repo: &Repository,
+    tree: ObjectId,
+    root: &Path,
+    total: u64,
+    reserve: u64,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
     let fault = |error: &dyn std::fmt::Display| Failure::internal(format!("the first checkout failed: {error}"));
     let mut index = repo.index_from_tree(&tree).map_err(|error| fault(&error))?;
     let mut options = repo.checkout_options(Source::IdMapping).map_err(|error| fault(&error))?;
@@ -136,12 +144,21 @@ fn check_out(repo: &Repository, tree: ObjectId, root: &Path, total: u64, reporte
     let objects = repo.objects.clone().into_arc().map_err(|error| fault(&error))?;
     let (files, bytes) = (Counter::default(), Counter::default());
     let stop = AtomicBool::new(false);
+    let eaten = std::sync::Mutex::new(None);
     let outcome = std::thread::scope(|scope| {
         let (over, told) = std::sync::mpsc::channel::<()>();
         let (seen_files, seen_bytes) = (&files, &bytes);
+        let (stop, eaten) = (&stop, &eaten);
         scope.spawn(move || {
             let mut last = (usize::MAX, usize::MAX);
             while told.recv_timeout(TICK) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                // It fitted when it began, but others write to the same disk.
+                if let Err(failure) = room(root, "projects", 0, reserve)
+                    && let Ok(mut eaten) = eaten.lock()
+                {
+                    stop.store(true, Ordering::Relaxed);
+                    eaten.get_or_insert(failure);
+                }
                 let now = (seen_files.step(), seen_bytes.step());
                 // Only what moved counts as movement.
                 if now != last {
@@ -150,16 +167,20 @@ fn check_out(repo: &Repository, tree: ObjectId, root: &Path, total: u64, reporte
                         done: now.0 as u64,
                         total: Some(total),
                         bytes: now.1 as u64,
+                        ..Progress::default()
                     });
                     last = now;
                 }
             }
         });
-        let outcome = gix::worktree::state::checkout(&mut index, root, objects, &files, &bytes, &stop, options);
+        let outcome = gix::worktree::state::checkout(&mut index, root, objects, &files, &bytes, stop, options);
         drop(over);
         outcome
-    })
-    .map_err(|error| write_fault(root, &error.to_string()))?;
+    });
+    if let Ok(Some(failure)) = eaten.into_inner() {
+        return Err(failure);
+    }
+    let outcome = outcome.map_err(|error| write_fault(root, &error.to_string()))?;
     if let Some(collision) = outcome.collisions.first() {
         return Err(Failure::forbidden(format!("two files of the tree would be one on this disk: {}", collision.path)));
     }
@@ -173,19 +194,15 @@ fn check_out(repo: &Repository, tree: ObjectId, root: &Path, total: u64, reporte
 }
 
 /// The library's errors do not tell a full disk from a fault; the disk itself does.
-fn write_fault(root: &Path, error: &str) -> Failure {
-    let full = rustix::fs::statvfs(root).is_ok_and(|fs| fs.f_bavail == 0 || (fs.f_files > 0 && fs.f_favail == 0));
-    let refusing = ["No space left", "os error 28", "os error 122", "os error 30", "os error 5)"];
-    let class =
-        if full || refusing.iter().any(|text| error.contains(text)) { ErrorClass::Disk } else { ErrorClass::Internal };
-    Failure::new(class, format!("the first checkout failed: {error}"))
+pub(super) fn write_fault(root: &Path, error: &str) -> Failure {
+    blamed(Failure::internal(format!("the first checkout failed: {error}")), &[root])
 }
 
 fn id(hex: &str) -> Result<ObjectId, Failure> {
     ObjectId::from_hex(hex.as_bytes()).map_err(|_| Failure::internal(format!("{hex:?} is not an object id")))
 }
 
-fn damaged(error: &dyn std::fmt::Display) -> Failure {
+pub(super) fn damaged(error: &dyn std::fmt::Display) -> Failure {
     Failure::new(ErrorClass::Corrupt, format!("the upstream's history cannot be read: {error}"))
 }
 

@@ -4,10 +4,13 @@ use std::{os::fd::AsFd, os::fd::AsRawFd, path::Path, sync::Once};
 
 use git2::{ConfigLevel, ErrorCode, Repository, RepositoryOpenFlags};
 
-use super::guard::{self, altered};
+use super::{
+    guard::{self, altered, among},
+    settings,
+};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{child::Reporter, projects::Dir},
+    git::{child::Reporter, projects::Dir, room},
 };
 
 /// Opens the project in `directory`, which was checked by the guard first.
@@ -21,11 +24,13 @@ pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, F
     let nowhere: [&std::ffi::OsStr; 0] = [];
     let repo = Repository::open_ext(&path, RepositoryOpenFlags::NO_SEARCH, nowhere)
         .map_err(|error| fault("the project cannot be opened", &error))?;
-    // A name on the way, or a setting, may lead to another directory than the one that was checked.
+    // A name on the way, or a setting, may lead to another directory than the one that was checked; it is not opened to
+    // find out.
     let same = |path: Option<&Path>, dir: &Dir| {
-        path.is_some_and(|path| Dir::open(path).and_then(|now| Ok(now.identity()? == dir.identity()?)).unwrap_or(false))
+        let now = path.and_then(Path::to_str).and_then(|path| dir.identify(path).ok().flatten());
+        now.is_some() && now == dir.identity().ok()
     };
-    if !same(repo.workdir(), directory) || !same(Some(repo.path()), &directory.child(".git")?) {
+    if !same(repo.workdir(), directory) || !same(Some(repo.path()), &directory.child(".git").map_err(among)?) {
         return Err(altered("its settings lead to another directory"));
     }
     let config = repo.config().and_then(|mut config| config.snapshot());
@@ -36,19 +41,22 @@ pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, F
             return Err(Failure::conflict(format!("the project uses {setting}, which the agent does not work with")));
         }
     }
+    settings::narrow(&repo, &config)?;
     Ok(repo)
 }
 
 /// What an error of the library on a user's repository means.
 pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
     let message = error.message();
-    let full = ["No space left", "quota exceeded", "Read-only file system"].iter().any(|text| message.contains(text));
     match error.code() {
-        _ if full => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
+        _ if room::refused(message) => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
         ErrorCode::Owner => Failure::forbidden(format!(
             "{what}: it belongs to another user than the one who works in it; set git.run_as to its owner and clone it anew"
         )),
-        ErrorCode::Locked => Failure::conflict(format!("{what}: another program holds a lock ({message})")),
+        // The library calls a file locked that it may not read.
+        ErrorCode::Locked if !message.contains("Permission denied") => {
+            Failure::conflict(format!("{what}: another program holds a lock ({message})"))
+        }
         _ => altered(format!("{what}: {message}")),
     }
 }

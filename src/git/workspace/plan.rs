@@ -3,22 +3,28 @@
 use std::{
     collections::{BTreeMap, HashSet},
     ffi::OsStr,
-    io::{self, Read},
+    fs::File,
+    io::{self, Read, Write as _},
     os::unix::ffi::OsStrExt,
 };
 
-use git2::{Delta, DiffOptions, FileMode, Index, ObjectType, Oid, Repository, Tree};
-use gix::objs::tree::EntryKind;
-use rustix::fs::{FileType, OFlags};
+use git2::{Index, ObjectType, Oid};
+use rustix::{
+    fs::{FileType, OFlags},
+    io::Errno,
+};
 
 use super::{
-    open::fault,
-    walk::{self, Budget},
+    guard::{altered, among},
+    lfs,
 };
 use crate::{
-    failure::{ErrorClass, Failure},
-    git::{child::Reporter, projects::Dir},
+    failure::Failure,
+    git::{child::Reporter, pointer::Pointer, projects::Dir},
 };
+
+/// The deepest directory of a user's that is looked into; what is deeper is in the way.
+const DEEPEST: usize = 128;
 
 /// One side of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +46,10 @@ pub(super) struct Change {
     pub(super) new: Option<Side>,
     /// Other contents that are not the user's, or were saved: what a filter makes of either side.
     pub(super) also: Vec<Side>,
+    /// Either side as an LFS pointer, and whether it may be executed: what it points to is not the user's either.
+    pub(super) lfs: Vec<(Pointer, bool)>,
+    /// The length of the longest of the sides: a file that is longer is none of them, and is not read to find out.
+    pub(super) longest: u64,
 }
 
 /// The mode of a submodule.
@@ -47,11 +57,17 @@ const SUBMODULE: u32 = 0o160_000;
 /// The mode of a symbolic link.
 const LINK: u32 = 0o120_000;
 
+/// The mode of a directory.
+const DIRECTORY: u32 = 0o040_000;
+
 impl Side {
-    fn new(id: Oid, mode: FileMode) -> Self {
-        // The one that old programs wrote into trees means the plain one.
-        let mode = if mode == FileMode::BlobGroupWritable { FileMode::Blob } else { mode };
-        Self { id, mode: u32::try_from(i32::from(mode)).unwrap_or(0) }
+    /// As a tree has it; odd permissions mean the nearest that git knows.
+    pub(super) fn of(entry: &git2::TreeEntry<'_>) -> Self {
+        Self { id: entry.id(), mode: u32::try_from(entry.filemode()).unwrap_or(0) }
+    }
+
+    pub(super) fn is_directory(self) -> bool {
+        self.mode == DIRECTORY
     }
 
     pub(super) fn is_submodule(self) -> bool {
@@ -60,6 +76,16 @@ impl Side {
 
     pub(super) fn is_link(self) -> bool {
         self.mode == LINK
+    }
+}
+
+impl Change {
+    /// Takes another content, with its length, for one that is not the user's.
+    pub(super) fn allow(&mut self, content: Option<(Side, u64)>) {
+        if let Some((side, length)) = content {
+            self.also.push(side);
+            self.longest = self.longest.max(length);
+        }
     }
 }
 
@@ -76,67 +102,6 @@ pub(super) enum Found {
     Directory,
     /// A pipe, socket or device, or a way to it that is no directory.
     Other,
-}
-
-/// Every path that differs between two trees, checked for names and size.
-///
-/// # Errors
-/// `quota` over the budget, `forbidden` for a name that must not be written.
-pub(super) fn changes(
-    repo: &Repository,
-    old: Option<&Tree<'_>>,
-    new: &Tree<'_>,
-    budget: Budget,
-    reporter: &Reporter,
-) -> Result<Vec<Change>, Failure> {
-    let mut options = DiffOptions::new();
-    options.include_typechange(true).skip_binary_check(true).ignore_submodules(false);
-    let diff = repo
-        .diff_tree_to_tree(old, Some(new), Some(&mut options))
-        .map_err(|error| Failure::new(ErrorClass::Corrupt, format!("the trees cannot be compared: {error}")))?;
-    reporter.step();
-    let odb = repo.odb().map_err(|error| fault("its objects cannot be opened", &error))?;
-    let (mut all, mut bytes) = (Vec::new(), 0_u64);
-    for delta in diff.deltas() {
-        let side = |file: git2::DiffFile<'_>, absent: Delta| {
-            (delta.status() != absent && !file.id().is_zero()).then(|| Side::new(file.id(), file.mode()))
-        };
-        let (old, new) = (side(delta.old_file(), Delta::Added), side(delta.new_file(), Delta::Deleted));
-        let path = delta.new_file().path_bytes().or_else(|| delta.old_file().path_bytes());
-        let path = path.ok_or_else(|| Failure::internal("a changed path has no name"))?.to_owned();
-        if let Some(new) = new {
-            check_path(&path, new, delta.new_file().mode())?;
-            if !new.is_submodule() {
-                let header = odb.read_header(new.id);
-                let (length, kind) = header.map_err(|error| Failure::new(ErrorClass::Corrupt, error.message()))?;
-                if kind != ObjectType::Blob {
-                    return Err(Failure::new(ErrorClass::Corrupt, "the upstream's tree has a file that is not one"));
-                }
-                bytes += length as u64;
-            }
-        }
-        all.push(Change { path, old, new, also: Vec::new() });
-        if all.len() as u64 > budget.files || bytes > budget.bytes {
-            let message = "the pull would write more than git.max_files or git.max_bytes allow";
-            return Err(Failure::new(ErrorClass::Quota, message));
-        }
-    }
-    Ok(all)
-}
-
-fn check_path(path: &[u8], side: Side, mode: FileMode) -> Result<(), Failure> {
-    let refused = |why: &str| {
-        let shown = String::from_utf8_lossy(path);
-        Failure::forbidden(format!("the upstream's tree has an entry that {why}: {shown}"))
-    };
-    if !matches!(
-        mode,
-        FileMode::Blob | FileMode::BlobGroupWritable | FileMode::BlobExecutable | FileMode::Link | FileMode::Commit
-    ) {
-        return Err(refused("is of an unknown kind"));
-    }
-    let kind = if side.is_link() { EntryKind::Link } else { EntryKind::Blob };
-    path.split(|&byte| byte == b'/').try_for_each(|name| walk::check_name(name, kind)).map_err(refused)
 }
 
 /// The paths of `changes` at which something of the user is in the way.
@@ -167,7 +132,7 @@ pub(super) fn in_the_way(
         }
         if let Some(blocking) = blocked(root, change, &leaving)? {
             way.insert(blocking, "in the way");
-        } else if !is_clean(root, change)? && !holds_only(root, &change.path, &judged)? {
+        } else if !is_clean(root, change)? && !holds_only(root, &change.path, &judged, DEEPEST)? {
             way.insert(change.path.clone(), if change.old.is_some() { "modified" } else { "untracked" });
         }
     }
@@ -193,12 +158,19 @@ fn blocked(root: &Dir, change: &Change, leaving: &HashSet<&[u8]>) -> Result<Opti
 
 /// Whether what stands at the path of `change` is not the user's own.
 pub(super) fn is_clean(root: &Dir, change: &Change) -> Result<bool, Failure> {
-    let found = find(root, &change.path)?;
-    if found == Found::Nothing {
+    is_clean_at(root, &change.path, change)
+}
+
+/// Whether what stands at `path` is not the user's own, judged as the path of `change`.
+pub(super) fn is_clean_at(root: &Dir, path: &[u8], change: &Change) -> Result<bool, Failure> {
+    let found = find(root, path)?;
+    if found == Found::Nothing || lfs::is_fetched(root, path, change, &found)? {
         return Ok(true);
     }
+    // One that was made a terabyte long is not read into memory.
+    let readable = !matches!(found, Found::File { length, .. } if length > change.longest);
     for side in [change.old, change.new].into_iter().flatten().chain(change.also.iter().copied()) {
-        if equals(root, &change.path, &found, side)? {
+        if readable && equals(root, path, &found, side)? {
             return Ok(true);
         }
     }
@@ -208,15 +180,15 @@ pub(super) fn is_clean(root: &Dir, change: &Change) -> Result<bool, Failure> {
 
 /// Whether a directory holds nothing but paths that are `judged` by themselves: of the old side, which leave, or of the
 /// new one, which an interrupted pull wrote already.
-fn holds_only(root: &Dir, path: &[u8], judged: &HashSet<&[u8]>) -> Result<bool, Failure> {
-    if find(root, path)? != Found::Directory {
+fn holds_only(root: &Dir, path: &[u8], judged: &HashSet<&[u8]>, deepest: usize) -> Result<bool, Failure> {
+    if deepest == 0 || find(root, path)? != Found::Directory {
         return Ok(false);
     }
     let Some(dir) = enter(root, path)? else { return Ok(false) };
-    for (name, kind) in dir.entries()? {
+    for (name, kind) in dir.entries().map_err(among)? {
         let inner = [path, b"/", name.as_bytes()].concat();
         let known = match kind {
-            FileType::Directory => holds_only(root, &inner, judged)?,
+            FileType::Directory => holds_only(root, &inner, judged, deepest - 1)?,
             _ => judged.contains(inner.as_slice()),
         };
         if !known {
@@ -228,21 +200,20 @@ fn holds_only(root: &Dir, path: &[u8], judged: &HashSet<&[u8]>) -> Result<bool, 
 
 /// Whether what was found is `side`, byte for byte.
 fn equals(root: &Dir, path: &[u8], found: &Found, side: Side) -> Result<bool, Failure> {
-    let content = match found {
-        Found::Link(target) if side.is_link() => target.clone(),
+    let id = match found {
+        Found::Link(target) if side.is_link() => Oid::hash_object(ObjectType::Blob, target),
         Found::Directory => return Ok(side.is_submodule()),
         Found::File { executable, .. } if !side.is_link() && !side.is_submodule() => {
             if *executable != (side.mode & 0o100 != 0) {
                 return Ok(false);
             }
-            match read(root, path)? {
-                Some(content) => content,
+            match blob(root, path)? {
+                Some(id) => Ok(id),
                 None => return Ok(false),
             }
         }
         _ => return Ok(false),
     };
-    let id = Oid::hash_object(ObjectType::Blob, &content);
     Ok(id.map_err(|error| Failure::internal(error.to_string()))? == side.id)
 }
 
@@ -255,15 +226,15 @@ pub(super) fn find(root: &Dir, path: &[u8]) -> Result<Found, Failure> {
         None => None,
     };
     let dir = parent.as_ref().unwrap_or(root);
-    let Some(stat) = dir.look(OsStr::from_bytes(name))? else { return Ok(Found::Nothing) };
+    let Some(stat) = dir.look(OsStr::from_bytes(name)).map_err(among)? else { return Ok(Found::Nothing) };
     Ok(match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Found::File {
             length: u64::try_from(stat.st_size).unwrap_or(u64::MAX),
             executable: stat.st_mode & 0o100 != 0,
         },
         FileType::Symlink => {
-            let target = rustix::fs::readlinkat(dir, OsStr::from_bytes(name), Vec::new()).map_err(io::Error::from)?;
-            Found::Link(target.into_bytes())
+            let target = rustix::fs::readlinkat(dir, OsStr::from_bytes(name), Vec::new());
+            Found::Link(target.map_err(|error| among(error.into()))?.into_bytes())
         }
         FileType::Directory => Found::Directory,
         _ => Found::Other,
@@ -274,30 +245,41 @@ pub(super) fn find(root: &Dir, path: &[u8]) -> Result<Found, Failure> {
 pub(super) fn enter(root: &Dir, path: &[u8]) -> Result<Option<Dir>, Failure> {
     match root.child(OsStr::from_bytes(path)) {
         Ok(dir) => Ok(Some(dir)),
-        Err(error) => match rustix::io::Errno::from_io_error(&error) {
-            Some(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => Ok(None),
-            _ => Err(super::guard::altered(format!("{}: {error}", String::from_utf8_lossy(path)))),
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            _ => Err(altered(format!("{}: {error}", String::from_utf8_lossy(path)))),
         },
     }
 }
 
+/// Opens a regular file; `None` where there is none by now.
+pub(super) fn open(root: &Dir, path: &[u8]) -> Result<Option<File>, Failure> {
+    match root.open_file(OsStr::from_bytes(path), OFlags::RDONLY, 0) {
+        Ok(file) => Ok(file.metadata().map_err(among)?.is_file().then_some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(altered(format!("{}: {error}", String::from_utf8_lossy(path)))),
+    }
+}
+
+/// The id that the content of a regular file has as a blob, whatever its length; `None` where it is none by now.
+fn blob(root: &Dir, path: &[u8]) -> Result<Option<Oid>, Failure> {
+    let Some(file) = open(root, path)? else { return Ok(None) };
+    let length = file.metadata().map_err(among)?.len();
+    let mut hash = gix::hash::io::Write::new(io::sink(), gix::hash::Kind::Sha1);
+    write!(hash, "blob {length}\0")?;
+    // One that grows while it is read is not the old one anyway.
+    io::copy(&mut file.take(length + 1), &mut hash).map_err(among)?;
+    let id = hash.hash.try_finalize().map_err(|error| Failure::internal(error.to_string()))?;
+    Ok(Some(Oid::from_bytes(id.as_slice()).map_err(|error| Failure::internal(error.to_string()))?))
+}
+
 /// Reads a regular file whole; `None` where it is none by now.
 pub(super) fn read(root: &Dir, path: &[u8]) -> Result<Option<Vec<u8>>, Failure> {
-    let opened = root.open_file(OsStr::from_bytes(path), OFlags::RDONLY, 0);
-    let mut file = match opened {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => {
-            return Err(super::guard::altered(format!("{}: {error}", String::from_utf8_lossy(path))));
-        }
-    };
-    let length = file.metadata().map_err(Failure::from)?;
-    if !length.is_file() {
-        return Ok(None);
-    }
+    let Some(file) = open(root, path)? else { return Ok(None) };
     // One that grows while it is read is not the old one anyway.
+    let length = file.metadata().map_err(among)?.len();
     let mut content = Vec::new();
-    file.by_ref().take(length.len() + 1).read_to_end(&mut content)?;
+    file.take(length + 1).read_to_end(&mut content).map_err(among)?;
     Ok(Some(content))
 }
 

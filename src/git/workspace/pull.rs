@@ -11,16 +11,17 @@
 
 use std::collections::BTreeMap;
 
-use git2::{Index, Oid, Repository, RepositoryState};
+use git2::{Index, ObjectType, Oid, Repository, RepositoryState};
 use serde::{Deserialize, Serialize};
 
 use super::{
     apply::{self, Stage},
-    backup,
+    backup, compare,
     index::Copied,
+    lfs,
     look::{Head, head},
     open::{fault, open},
-    plan::{self, Change},
+    plan::{self, Change, Side},
     receive,
     waiting::{self, Waiting},
     walk::Budget,
@@ -48,6 +49,8 @@ pub(crate) struct Pull {
     pub(crate) interrupted: Option<(Option<String>, String)>,
     /// Whether what is in the way is kept under a ref and overwritten.
     pub(crate) reset: bool,
+    /// How many bytes of the disk are to stay free.
+    pub(crate) reserve: u64,
     /// For the name of that ref: a time and the task.
     pub(crate) backup: (String, String),
     /// How much may be written.
@@ -65,6 +68,10 @@ pub(crate) struct Pulled {
     pub(crate) updated: bool,
     /// The ref that keeps what was overwritten.
     pub(crate) backup_ref: Option<String>,
+    /// Submodules whose recorded commit changed; they stay as they are.
+    pub(crate) submodules: u64,
+    /// LFS files that changed; their pointers were written.
+    pub(crate) pointers: u64,
 }
 
 /// What the child asks the agent.
@@ -85,12 +92,13 @@ pub(super) fn run(directory: &Dir, order: &Pull, reporter: &Reporter) -> Result<
     waiting::sweep(&repo)?;
     let waiting = Waiting::new(&repo)?;
     if let Some(pack) = order.pack {
-        receive::receive(&repo, &waiting, pack, reporter)?;
+        receive::receive(&repo, &waiting, pack, order.reserve, reporter)?;
     }
     if repo.state() != RepositoryState::Clean {
         return Err(Failure::conflict("a merge, rebase or the like is under way in the project; finish or abort it"));
     }
-    let mut work = Work { repo: &repo, root: directory, waiting: &waiting, order, reporter, backup_ref: None };
+    let mut work =
+        Work { repo: &repo, root: directory, waiting: &waiting, order, reporter, backup_ref: None, left: (0, 0) };
     work.announce()?;
     let before = head(&repo)?;
     match work.advance(&before) {
@@ -114,6 +122,8 @@ pub(super) fn run(directory: &Dir, order: &Pull, reporter: &Reporter) -> Result<
         branch: after.branch,
         head: after.commit.map(|commit| commit.to_string()),
         backup_ref,
+        submodules: work.left.0,
+        pointers: work.left.1,
     })
 }
 
@@ -125,6 +135,8 @@ struct Work<'a> {
     order: &'a Pull,
     reporter: &'a Reporter,
     backup_ref: Option<String>,
+    /// Submodules and LFS files that are left to the user.
+    left: (u64, u64),
 }
 
 impl Work<'_> {
@@ -160,6 +172,10 @@ impl Work<'_> {
         if now == Some(tip) {
             return Ok(());
         }
+        if self.repo.find_object(tip, None).is_ok_and(|object| object.kind() != Some(ObjectType::Commit)) {
+            let message = format!("the upstream's branch {branch} is not a commit");
+            return Err(Failure::new(ErrorClass::Corrupt, message));
+        }
         // Reachable from what is being moved to, so nothing of the user's is left behind.
         let known: Vec<Oid> = now.into_iter().chain(self.tracked(branch)).collect();
         receive::prove(self.repo, tip, &known, self.reporter)?;
@@ -190,16 +206,24 @@ impl Work<'_> {
             None => None,
         };
         let new_tree = self.repo.find_commit(new).and_then(|commit| commit.tree()).map_err(unreadable)?;
-        let mut changes = plan::changes(self.repo, old_tree.as_ref(), &new_tree, self.order.budget, self.reporter)?;
+        let mut changes = compare::changes(self.repo, old_tree.as_ref(), &new_tree, self.order.budget, self.reporter)?;
         changes.sort_by(|a, b| a.path.cmp(&b.path));
         let mut copied = Copied::open(self.waiting)?;
         if self.waiting.git.look("index.lock")?.is_some() {
             return Err(waiting::locked());
         }
+        // Taken last of all: whoever holds it is not to find the files moved and the branch not.
+        let lock = format!("refs/heads/{branch}.lock");
+        if self.waiting.git.look(&lock).is_ok_and(|found| found.is_some()) {
+            return Err(waiting::held(&lock));
+        }
         let written = |change: &&Change| change.new.is_some_and(|side| !side.is_submodule());
         let paths: Vec<Vec<u8>> = changes.iter().filter(written).map(|change| change.path.clone()).collect();
         let paths: Vec<&[u8]> = paths.iter().map(Vec::as_slice).collect();
         let stage = Stage::new(self.repo, self.waiting, new_tree.id(), &paths)?;
+        stage.check(&paths)?;
+        // A device that fails is to fail before anything of the project is exchanged for what it may have lost.
+        rustix::fs::syncfs(self.root).map_err(std::io::Error::from)?;
         self.reporter.step();
         let mut way = plan::in_the_way(self.root, &copied.index, &changes, self.reporter)?;
         if !way.is_empty() {
@@ -224,12 +248,16 @@ impl Work<'_> {
         if !way.is_empty() {
             self.keep_files(old, saved, &mut copied.index, &mut changes)?;
         }
-        apply::apply(self.root, &stage, &changes, self.reporter)?;
+        let submodule = |side: Option<Side>| side.is_some_and(Side::is_submodule);
+        let modules = changes.iter().filter(|change| submodule(change.old) || submodule(change.new)).count();
+        let left = (modules as u64, lfs::brought(self.repo, &self.waiting.git, &changes)?);
+        apply::apply(self.root, self.waiting, &stage, &changes, self.reporter)?;
+        self.left = (self.left.0 + left.0, self.left.1 + left.1);
         copied.put(self.waiting, self.root, &changes)?;
         self.point(branch, old, new)
     }
 
-    /// What a filter makes of either side is not the user's own.
+    /// What a filter makes of either side, or what an LFS pointer points to, is not the user's own.
     fn allow_filtered<'p>(
         &self,
         stage: &Stage,
@@ -243,6 +271,7 @@ impl Work<'_> {
                 judged.push(at);
             }
         }
+        lfs::allow_fetched(self.repo, changes, judged.iter().copied())?;
         let before: Vec<Vec<u8>> =
             judged.iter().filter(|at| changes[**at].old.is_some()).map(|at| changes[*at].path.clone()).collect();
         let before: Vec<&[u8]> = before.iter().map(Vec::as_slice).collect();
@@ -250,10 +279,10 @@ impl Work<'_> {
         for at in judged {
             let change = &mut changes[at];
             if let (Some(old), Some(stage)) = (change.old, &old_stage) {
-                change.also.extend(stage.side(&change.path, old)?);
+                change.allow(stage.side(&change.path, old)?);
             }
             if let Some(new) = change.new {
-                change.also.extend(stage.side(&change.path, new)?);
+                change.allow(stage.side(&change.path, new)?);
             }
         }
         Ok(())
@@ -327,11 +356,12 @@ impl Work<'_> {
                 continue;
             }
             let written = self.repo.reference(name, id, !tag, "pull: from upstream");
-            // A name that became the directory of another, or the reverse, waits for the user's own prune.
-            if let Err(error) = written
-                && main.as_ref() == Some(name)
-            {
-                return Err(fault("a remote-tracking ref cannot be written", &error));
+            if let Err(error) = written {
+                let failure = fault("a remote-tracking ref cannot be written", &error);
+                // A name that became the directory of another, or the reverse, waits for the user's own prune.
+                if main.as_ref() == Some(name) || failure.class == ErrorClass::Disk {
+                    return Err(failure);
+                }
             }
         }
         Ok(())

@@ -2,18 +2,26 @@
 
 use std::{
     collections::HashSet,
-    fs,
-    io::{Read, Write},
+    io::{self, Read, Write},
     sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
     time::Duration,
 };
 
 use git2::{Indexer, ObjectType, Oid, Repository, Sort};
+use rustix::fs::{AtFlags, renameat, unlinkat};
 
-use super::{guard::altered, open::fault, waiting::Waiting};
+use super::{
+    guard::{altered, among},
+    open::fault,
+    waiting::Waiting,
+};
 use crate::{
     failure::{ErrorClass, Failure},
-    git::child::{Reporter, inherited},
+    git::{
+        child::{Reporter, inherited},
+        projects::Dir,
+        room,
+    },
     protocol::Progress,
 };
 
@@ -22,11 +30,18 @@ const CHUNK: usize = 128 << 10;
 /// How long nothing may come before the agent is told that it is not our fault: whoever sends has a limit of its own.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// Indexes the pack that comes through descriptor `number`; the objects of `repo` complete it.
+/// Indexes the pack that comes through descriptor `number`; the objects of `repo` complete it. Of the disk `reserve`
+/// bytes stay free.
 ///
 /// # Errors
 /// `corrupt` where it is cut or wrong.
-pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn receive(
+    repo: &Repository,
+    waiting: &Waiting,
+    number: i32,
+    reserve: u64,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
     let mut chunks = Chunks::new(number, reporter)?;
     let mut next = || chunks.next().map_err(Failure::from);
     let mut head = Vec::new();
@@ -52,11 +67,13 @@ pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporte
             done: progress.indexed_objects() as u64,
             total: Some(progress.total_objects() as u64),
             bytes: progress.received_bytes() as u64,
+            ..Progress::default()
         });
         true
     });
     let mut chunk = head;
     while !chunk.is_empty() {
+        room::room(&place, "projects", chunk.len() as u64, reserve)?;
         if writer.write_all(&chunk).is_err() {
             return Err(write_fault());
         }
@@ -66,11 +83,25 @@ pub(super) fn receive(repo: &Repository, waiting: &Waiting, number: i32, reporte
         message if message.contains("unexpected end") || message.contains("incomplete") => cut(),
         _ => fault("a pack cannot be indexed", &error),
     })?;
-    let packs = repo.path().join("objects/pack");
-    fs::create_dir_all(&packs)?;
-    // A pack is looked for once its index is there.
-    for file in ["pack", "idx"].map(|kind| format!("pack-{name}.{kind}")) {
-        fs::rename(place.join(&file), packs.join(&file))?;
+    // By descriptors, so that both go to one place whatever is swapped meanwhile.
+    let packs = match waiting.git.child("objects/pack") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            waiting.git.child("objects").and_then(|objects| objects.make("pack", 0o755))
+        }
+        found => found,
+    };
+    let (packs, place) = (packs.map_err(among)?, Dir::open(&place).map_err(among)?);
+    let put = |kind: &str| {
+        let file = format!("pack-{name}.{kind}");
+        renameat(&place, file.as_str(), &packs, file.as_str()).map_err(|error| among(error.into()))
+    };
+    // The same pack may be there from an earlier pull.
+    if packs.look(format!("pack-{name}.idx")).map_err(among)?.is_none() {
+        // It is looked for once its index is there, and is nothing without it.
+        put("pack")?;
+        put("idx").inspect_err(|_| {
+            let _ = unlinkat(&packs, format!("pack-{name}.pack"), AtFlags::empty());
+        })?;
     }
     odb.refresh().map_err(|error| fault("its objects cannot be read", &error))
 }
@@ -135,7 +166,7 @@ fn cut() -> Failure {
 /// The writer of packs says nothing of its own errors but through the library's last one.
 fn write_fault() -> Failure {
     match git2::Error::last_error(-1) {
-        error if error.message().contains("No space left") => {
+        error if room::refused(error.message()) => {
             Failure::new(ErrorClass::Disk, format!("a pack cannot be written: {}", error.message()))
         }
         error => Failure::internal(format!("a pack cannot be written: {}", error.message())),
@@ -145,11 +176,10 @@ fn write_fault() -> Failure {
 /// Walks every commit of `tip` that is not reachable from `known`, with its trees, and asks for every file.
 ///
 /// # Errors
-/// `corrupt` where something is missing.
+/// `not_found` where something is missing: it was not sent, or was taken out of the project.
 pub(super) fn prove(repo: &Repository, tip: Oid, known: &[Oid], reporter: &Reporter) -> Result<(), Failure> {
-    let broken = |error: git2::Error| {
-        Failure::new(ErrorClass::Corrupt, format!("the upstream's history is incomplete: {error}"))
-    };
+    let absent = |what: String| Failure::new(ErrorClass::NotFound, format!("the history is incomplete: {what}"));
+    let broken = |error: git2::Error| absent(error.message().to_owned());
     let odb = repo.odb().map_err(|error| fault("its objects cannot be opened", &error))?;
     let mut walk = repo.revwalk().map_err(broken)?;
     walk.set_sorting(Sort::NONE).map_err(broken)?;
@@ -177,8 +207,7 @@ pub(super) fn prove(repo: &Repository, tip: Oid, known: &[Oid], reporter: &Repor
                 match entry.kind() {
                     Some(ObjectType::Tree) => waiting.push(entry.id()),
                     Some(ObjectType::Blob) if seen.insert(entry.id()) && !odb.exists(entry.id()) => {
-                        let message = format!("the upstream's history is incomplete: {} is missing", entry.id());
-                        return Err(Failure::new(ErrorClass::Corrupt, message));
+                        return Err(absent(format!("{} is missing", entry.id())));
                     }
                     _ => {}
                 }

@@ -52,7 +52,7 @@ pub(super) fn config(url: &str, follows: &Follows, single_branch: bool) -> Strin
 }
 
 /// A value as it stands in a configuration file; quoted only where it must be.
-fn value(text: &str) -> String {
+pub(super) fn value(text: &str) -> String {
     let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-*/:._@%~=,!$&'()[]{}|^?<>".contains(&b));
     if plain && !text.is_empty() {
         return text.to_owned();

@@ -18,7 +18,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::plan;
+use super::{guard::among, plan};
 use crate::{failure::Failure, git::projects::Dir};
 
 /// How such directories begin.
@@ -50,14 +50,14 @@ impl Waiting {
     /// Makes one in `repo`.
     pub(super) fn new(repo: &Repository) -> Result<Self, Failure> {
         let path = repo.path().join(format!("haul-waiting-{:032x}", rand::random::<u128>()));
-        fs::create_dir(&path)?;
-        Ok(Self { dir: Dir::open(&path)?, git: Dir::open(repo.path())?, path })
+        fs::create_dir(&path).map_err(among)?;
+        Ok(Self { dir: Dir::open(&path).map_err(among)?, git: Dir::open(repo.path()).map_err(among)?, path })
     }
 
     /// Makes a directory in it that nobody else has.
     pub(super) fn directory(&self) -> Result<PathBuf, Failure> {
         let path = self.path.join(format!("{:032x}", rand::random::<u128>()));
-        fs::create_dir(&path)?;
+        fs::create_dir(&path).map_err(among)?;
         Ok(path)
     }
 
@@ -72,7 +72,7 @@ impl Waiting {
         for (name, id) in refs {
             let _ = writeln!(text, "{id} {name}");
         }
-        Ok(fs::write(self.join(REFS), text)?)
+        fs::write(self.join(REFS), text).map_err(among)
     }
 
     /// Puts the new index into its place, under the lock that git takes for it.
@@ -84,8 +84,11 @@ impl Waiting {
         if !self.take(INDEX, lock)? {
             return Err(locked());
         }
-        let put = if unchanged(&self.git)? {
-            renameat(&self.git, lock, &self.git, INDEX).map_err(|error| io::Error::from(error).into())
+        let put = if unchanged(&self.git).map_err(among)? {
+            renameat(&self.git, lock, &self.git, INDEX).map_err(|error| {
+                let _ = unlinkat(&self.git, lock, AtFlags::empty());
+                among(error.into())
+            })
         } else {
             let _ = unlinkat(&self.git, lock, AtFlags::empty());
             Err(Failure::conflict("another git program changed the index of the project during the pull; pull again"))
@@ -109,7 +112,7 @@ impl Waiting {
         match taken {
             Ok(()) => Ok(true),
             Err(Errno::EXIST) => Ok(false),
-            Err(error) => Err(io::Error::from(error).into()),
+            Err(error) => Err(among(error.into())),
         }
     }
 
@@ -120,7 +123,7 @@ impl Waiting {
     /// Deferred where somebody else holds the lock.
     pub(super) fn remove_shallow(&self, as_written: impl FnOnce() -> Result<bool, Failure>) -> Result<bool, Failure> {
         let lock = "shallow.lock";
-        self.dir.open_file(SHALLOW, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o644)?;
+        self.dir.open_file(SHALLOW, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o644).map_err(among)?;
         if !self.take(SHALLOW, lock)? {
             let message = "another git program is at work on the project's history (.git/shallow.lock is there)";
             return Err(Failure::internal(message).deferred());
@@ -130,7 +133,7 @@ impl Waiting {
                 match unlinkat(&self.git, SHALLOW, AtFlags::empty()) {
                     Ok(()) => self.git.sync()?,
                     Err(Errno::NOENT) => {}
-                    Err(error) => return Err(io::Error::from(error).into()),
+                    Err(error) => return Err(among(error.into())),
                 }
             }
             Ok(ours)
@@ -149,19 +152,24 @@ impl Drop for Waiting {
 
 /// The conflict that a held lock of the index is.
 pub(super) fn locked() -> Failure {
-    Failure::conflict("another git program is at work in the project (.git/index.lock is there)")
+    held("index.lock")
+}
+
+/// The conflict that a held lock is.
+pub(super) fn held(lock: &str) -> Failure {
+    Failure::conflict(format!("another git program is at work in the project (.git/{lock} is there)"))
 }
 
 /// Removes what killed pulls left, with their locks.
 pub(super) fn sweep(repo: &Repository) -> Result<(), Failure> {
-    let git = Dir::open(repo.path())?;
-    for (name, kind) in git.entries()? {
+    let git = Dir::open(repo.path()).map_err(among)?;
+    for (name, kind) in git.entries().map_err(among)? {
         if is_ours(&name) && kind == rustix::fs::FileType::Directory {
-            let left = git.child(&name)?;
+            let left = git.child(&name).map_err(among)?;
             release(&git, &left, INDEX)?;
             release(&git, &left, SHALLOW)?;
             release_refs(&git, &left)?;
-            fs::remove_dir_all(repo.path().join(Path::new(&name)))?;
+            fs::remove_dir_all(repo.path().join(Path::new(&name))).map_err(among)?;
         }
     }
     Ok(())
@@ -170,17 +178,19 @@ pub(super) fn sweep(repo: &Repository) -> Result<(), Failure> {
 /// Removes the lock of `name` if it is the very file that waits in `left`.
 fn release(git: &Dir, left: &Dir, name: &str) -> Result<(), Failure> {
     let lock = format!("{name}.lock");
-    if let (Some(ours), Some(held)) = (left.look(name)?, git.look(&lock)?)
+    let look = |dir: &Dir, name: &str| dir.look(name).map_err(among);
+    if let (Some(ours), Some(held)) = (look(left, name)?, look(git, &lock)?)
         && (ours.st_dev, ours.st_ino) == (held.st_dev, held.st_ino)
     {
-        unlinkat(git, &lock, AtFlags::empty()).map_err(io::Error::from)?;
+        unlinkat(git, &lock, AtFlags::empty()).map_err(|error| among(error.into()))?;
     }
     Ok(())
 }
 
 /// Removes the locks of refs that hold what the killed pull was about to write, or nothing yet.
 fn release_refs(git: &Dir, left: &Dir) -> Result<(), Failure> {
-    let Some(list) = left.read(REFS, LONGEST)? else { return Ok(()) };
+    // One that cannot be read is none of ours.
+    let Ok(Some(list)) = left.read(REFS, LONGEST) else { return Ok(()) };
     for line in list.split(|&byte| byte == b'\n') {
         let Some((id, name)) = line.split_at_checked(40).filter(|(_, name)| name.starts_with(b" refs/")) else {
             continue;

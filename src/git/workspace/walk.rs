@@ -17,6 +17,11 @@ use crate::{
 
 /// The longest path that a file system takes, in bytes.
 const LONGEST_PATH: usize = 4000;
+/// The longest target of a link, in bytes.
+const LONGEST_LINK: u64 = 4095;
+/// Disguises of `.git` are refused for every file system: a project may be copied to another.
+const EVERYWHERE: component::Options =
+    component::Options { protect_windows: false, protect_hfs: true, protect_ntfs: true };
 /// How many entries are walked between two steps.
 const STRIDE: u64 = 4096;
 
@@ -49,6 +54,7 @@ pub(super) fn walk(repo: &Repository, tree: ObjectId, budget: Budget, reporter: 
     while let Some((id, path)) = waiting.pop() {
         let tree = repo.find_tree(id).map_err(|error| missing(&path, &error.to_string()))?;
         let mut names = HashSet::new();
+        let mut last = Vec::new();
         for entry in tree.iter() {
             let entry = entry.map_err(|error| missing(&path, &error.to_string()))?;
             seen += 1;
@@ -60,6 +66,12 @@ pub(super) fn walk(repo: &Repository, tree: ObjectId, budget: Budget, reporter: 
             if !names.insert(name.to_owned()) {
                 return Err(refused(&path, name, "is there twice"));
             }
+            check_mode(entry.mode().value().into()).map_err(|why| missing(&path, why))?;
+            let place = place(name, entry.mode().is_tree());
+            if place <= last {
+                return Err(missing(&path, OUT_OF_ORDER));
+            }
+            last = place;
             let mut inner = path.clone();
             if !inner.is_empty() {
                 inner.push(b'/');
@@ -81,6 +93,15 @@ pub(super) fn walk(repo: &Repository, tree: ObjectId, budget: Budget, reporter: 
                 EntryKind::Blob | EntryKind::BlobExecutable | EntryKind::Link => {
                     let header = repo.find_header(entry.object_id());
                     let header = header.map_err(|error| missing(&inner, &error.to_string()))?;
+                    if !header.kind().is_blob() {
+                        return Err(missing(&inner, "it is no file"));
+                    }
+                    if entry.mode().is_link() {
+                        let why = check_link(header.size(), || {
+                            repo.find_object(entry.object_id()).map(|link| link.detach().data)
+                        });
+                        why.map_err(|why| refused(&path, name, why))?;
+                    }
                     size.bytes = size.bytes.saturating_add(header.size());
                 }
             }
@@ -96,26 +117,65 @@ pub(super) fn walk(repo: &Repository, tree: ObjectId, budget: Budget, reporter: 
     Ok(size)
 }
 
+/// What is said of a tree that git would not write.
+pub(super) const OUT_OF_ORDER: &str = "its entries are not in order";
+
+/// Where an entry stands among those of its tree: a directory as if its name ended in a slash.
+pub(super) fn place(name: &[u8], directory: bool) -> Vec<u8> {
+    [name, if directory { b"/" } else { b"" }].concat()
+}
+
+/// Whether a mode says what an entry is.
+///
+/// # Errors
+/// Why not.
+pub(super) fn check_mode(mode: u32) -> Result<(), &'static str> {
+    match mode & 0o170_000 {
+        0o100_000 | 0o120_000 | 0o040_000 | 0o160_000 => Ok(()),
+        _ => Err("an entry of it is of an unknown kind"),
+    }
+}
+
+/// Whether a link can be made; where it leads is nobody's business, since none is followed.
+///
+/// # Errors
+/// Why not.
+pub(super) fn check_link<E>(length: u64, read: impl FnOnce() -> Result<Vec<u8>, E>) -> Result<(), &'static str> {
+    if length == 0 || length > LONGEST_LINK {
+        return Err("is a link to nothing that a path could name");
+    }
+    match read() {
+        Ok(target) if !target.contains(&0) => Ok(()),
+        _ => Err("is a link to nothing that a path could name"),
+    }
+}
+
 /// Whether a component may be written at all.
 ///
 /// # Errors
 /// Why not.
-pub(super) fn check_name(name: &[u8], kind: EntryKind) -> Result<(), &'static str> {
+pub(in crate::git) fn check_name(name: &[u8], kind: EntryKind) -> Result<(), &'static str> {
     if name.len() > 255 {
         return Err("is longer than a file system takes");
     }
     if name.contains(&0) {
         return Err("has a byte of zero");
     }
+    // On the file systems where this matters, it parts names as a slash does.
+    if name.contains(&b'\\') && name.split(|byte| *byte == b'\\').any(|part| is_dot_git(part)) {
+        return Err("is a disguise of .git");
+    }
     let mode = matches!(kind, EntryKind::Link).then_some(component::Mode::Symlink);
-    // Disguises of `.git` are refused for every file system: a project may be copied to another.
-    let options = component::Options { protect_windows: false, protect_hfs: true, protect_ntfs: true };
-    match gix::validate::path::component(name.as_bstr(), mode, options) {
+    match gix::validate::path::component(name.as_bstr(), mode, EVERYWHERE) {
         Ok(_) => Ok(()),
         Err(component::Error::DotGitDir) => Err("is a disguise of .git"),
         Err(component::Error::SymlinkedGitModules) => Err("is a link in place of .gitmodules"),
         Err(_) => Err("is not a plain name"),
     }
+}
+
+fn is_dot_git(part: &[u8]) -> bool {
+    matches!(gix::validate::path::component(part.as_bstr(), None, EVERYWHERE), Err(component::Error::DotGitDir))
 }
 
 fn refused(path: &BString, name: &[u8], why: &str) -> Failure {
@@ -139,7 +199,7 @@ mod tests {
 
     #[test]
     fn disguises_of_dot_git_and_climbing_names_are_refused() {
-        let bad: [&[u8]; 11] = [
+        let bad: [&[u8]; 13] = [
             b".git",
             b".GIT",
             b".Git",
@@ -151,13 +211,17 @@ mod tests {
             b".git::$INDEX_ALLOCATION",
             b"..",
             b"a/b",
+            b".git\\config",
+            b"a\\GIT~1\\b",
         ];
         for name in bad {
             assert!(check_name(name, EntryKind::Tree).is_err(), "{:?}", name.as_bstr());
         }
         assert!(check_name(&[b'x'; 256], EntryKind::Blob).is_err());
         assert!(check_name(b".gitmodules", EntryKind::Link).is_err());
-        for name in [&b".gitignore"[..], b".gitmodules", b"a b", b"con", b"\xff\xfe", b"a:b", b"...", b".github"] {
+        for name in
+            [&b".gitignore"[..], b".gitmodules", b"a b", b"con", b"\xff\xfe", b"a:b", b"...", b".github", b"a\\b"]
+        {
             assert!(check_name(name, EntryKind::Blob).is_ok(), "{:?}", name.as_bstr());
         }
     }

@@ -25,7 +25,12 @@ pub(super) fn assume(owner: Option<Owner>, reads_credentials: bool) -> io::Resul
         narrow_bounding_set(kept)?;
     }
     if had.effective.contains(CapabilitySet::SETGID) {
-        set_thread_groups(&[])?;
+        match set_thread_groups(&[]) {
+            // In a user name space made without a list of groups nobody can leave theirs: the child keeps the agent's, as
+            // it keeps its user. As another user it must not.
+            Err(Errno::PERM) if owner.is_none() && groups_are_frozen() => {}
+            left => left?,
+        }
     }
     if let Some(Owner { uid, gid }) = owner {
         let (uid, gid) = (rustix::process::Uid::from_raw(uid), rustix::process::Gid::from_raw(gid));
@@ -42,6 +47,11 @@ pub(super) fn assume(owner: Option<Owner>, reads_credentials: bool) -> io::Resul
     set_no_new_privs(true)?;
     // No other process of the same user traces this one, reads its memory or takes its descriptors.
     Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
+/// Whether the user name space that this process is in forbids to change groups.
+fn groups_are_frozen() -> bool {
+    std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|word| word.trim() == "deny")
 }
 
 /// Whatever is executed later never has more than `kept`.

@@ -54,6 +54,9 @@ const PROGRAM_FILES: &[&str] = &[
     "/etc/ld.so.cache",
     "/etc/ld.so.preload",
     "/etc/localtime",
+    // Git names its temporary files by chance.
+    "/dev/urandom",
+    "/dev/random",
 ];
 /// What everything may be written to and nothing read from.
 const NOWHERE: &str = "/dev/null";
@@ -89,7 +92,8 @@ impl Paths {
             paths = paths.with(path, read, true)?;
         }
         for path in &access.writes {
-            paths = paths.with(path, work, false)?;
+            // Nothing in a mirror is a link.
+            paths = paths.with(path, work & !BitFlags::from(AccessFs::MakeSym), false)?;
         }
         if let Some(number) = access.directory {
             let own = descriptors::borrow(number, OwnedFd::try_clone);

@@ -1,0 +1,127 @@
+//! Somebody who never rests in the workspace while two hundred pulls go through it.
+//!
+//! The writer swaps files and directories for links, rewrites settings, takes and drops locks, moves refs, prunes, edits
+//! and makes unreadable, all of it by chance from a seed that is printed. Whatever it does, nothing outside the project
+//! changes, every pull ends soon, and no file of the user is lost.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "support/githttp.rs"]
+mod githttp;
+#[path = "hostile/scene.rs"]
+mod scene;
+#[path = "hostile/trace.rs"]
+mod trace;
+#[path = "hostile_writer/writer.rs"]
+mod writer;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use haul::failure::ErrorClass;
+use scene::{Scene, assert_untouched, commit, git, snapshot};
+use serde_json::json;
+use writer::{TRACKED, Writer};
+
+/// How many pulls there are, and with how many of them upstream moves.
+const PULLS: u64 = 200;
+const EVERY: u64 = 3;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_is_outside_alone() {
+    let seed =
+        std::env::var("HAUL_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random::<u32>);
+    println!("seed {seed} (HAUL_TEST_SEED={seed} plays it again, but for the scheduler)");
+    let scene = Scene::new(false).await;
+    scene.clone(1, "p").await.unwrap();
+    let project = scene.project("p");
+    let outside = snapshot(&scene.outside());
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = Writer::new(&project, &scene.outside(), &scene.path("aside"), u64::from(seed));
+    let writing = {
+        let stop = stop.clone();
+        std::thread::spawn(move || {
+            let mut writer = writer;
+            while !stop.load(Ordering::SeqCst) {
+                writer.step();
+            }
+            writer.rest();
+            writer
+        })
+    };
+    let mut versions: Vec<BTreeMap<&str, String>> = vec![contents(0)];
+    let mut ends: BTreeMap<String, u32> = BTreeMap::new();
+    let mut slowest = Duration::ZERO;
+    for number in 1..=PULLS {
+        if number % EVERY == 0 {
+            let next = contents(number);
+            let files: Vec<(&str, &str)> = next.iter().map(|(name, text)| (*name, text.as_str())).collect();
+            commit(&scene.upstream.path(), &files);
+            versions.push(next);
+        }
+        let reset = number % 5 == 0;
+        let begun = Instant::now();
+        let order = if reset { json!({"on_conflict": "reset"}) } else { json!({}) };
+        let end = scene.run("pull", 1, order).await;
+        slowest = slowest.max(begun.elapsed());
+        let told = match &end {
+            Ok(result) => if result.updated == Some(true) { "updated" } else { "nothing new" }.to_owned(),
+            Err(failure) => {
+                let expected = matches!(failure.class, ErrorClass::Conflict);
+                assert!(expected, "a pull ended as {failure}");
+                failure.class.to_string()
+            }
+        };
+        *ends.entry(told).or_default() += 1;
+    }
+    stop.store(true, Ordering::SeqCst);
+    let writer = writing.join().unwrap();
+    assert_untouched(&outside, &snapshot(&scene.outside()), "a pull beside a hostile writer");
+    println!("{PULLS} pulls, the slowest {slowest:?}, ended as {ends:?}; {} steps of the writer", writer.steps);
+    assert!(slowest < Duration::from_secs(15), "a pull took {slowest:?}");
+    assert!(ends.contains_key("updated"), "no pull ever came through: {ends:?}");
+
+    // What only the user has is as the user left it; what upstream has too is one of the two.
+    for (name, content) in &writer.own {
+        assert_eq!(
+            fs::read_to_string(project.join(name)).ok().as_ref(),
+            Some(content),
+            "{name} was lost (seed {seed})"
+        );
+    }
+    for name in TRACKED {
+        let Ok(found) = fs::read_to_string(project.join(name)) else { continue };
+        let upstreams = versions.iter().any(|version| version[name] == found);
+        let first = ["one\n", "two\n", "c\n", "cc\n"].contains(&found.as_str());
+        assert!(upstreams || first || writer.written.contains(&found), "{name} is nobody's: {found:?} (seed {seed})");
+    }
+    // Once the writer rests, a pull gets through, and what it leaves is sound.
+    writer.mend(&scene.url());
+    let _ = scene.run("pull", 1, json!({"on_conflict": "reset"})).await;
+    let last = scene.run("pull", 1, json!({"on_conflict": "reset"})).await.unwrap();
+    let tip = git(&scene.upstream.path(), &["rev-parse", "main"]);
+    assert_eq!(last.head, Some(tip), "seed {seed}");
+    git(&project, &["fsck", "--full", "--strict", "--no-dangling"]);
+    for (name, content) in &versions[versions.len() - 1] {
+        assert_eq!(&fs::read_to_string(project.join(name)).unwrap(), content, "{name}");
+    }
+    for (name, content) in &writer.own {
+        assert_eq!(fs::read_to_string(project.join(name)).ok().as_ref(), Some(content), "{name} was lost at the end");
+    }
+    let left = fs::read_dir(project.join(".git")).unwrap().map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with("haul-")).collect();
+    assert!(left.is_empty(), "left behind: {left:?}");
+    assert_untouched(&outside, &snapshot(&scene.outside()), "a pull after a hostile writer");
+}
+
+/// What upstream has at one of its commits.
+fn contents(number: u64) -> BTreeMap<&'static str, String> {
+    TRACKED.iter().map(|name| (*name, format!("upstream's {name} of {number}\n"))).collect()
+}

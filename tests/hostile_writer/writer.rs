@@ -1,0 +1,234 @@
+//! The one who never rests.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use crate::scene::{command, git};
+
+/// What upstream changes again and again.
+pub(crate) const TRACKED: [&str; 5] = ["a.txt", "dir/c.txt", "dir/e.txt", "new.txt", "deep/er/x.txt"];
+/// What upstream never has: untracked, and ignored.
+const OWN: [&str; 4] = ["mine.txt", "debug.log", "dir/own.log", "notes/today.txt"];
+
+pub(crate) struct Writer {
+    project: PathBuf,
+    outside: PathBuf,
+    aside: PathBuf,
+    chance: StdRng,
+    config: String,
+    gc: Option<Child>,
+    /// What the user's own files hold, as last written.
+    pub(crate) own: BTreeMap<String, String>,
+    /// Everything ever written to a tracked file.
+    pub(crate) written: HashSet<String>,
+    pub(crate) steps: u64,
+}
+
+impl Writer {
+    pub(crate) fn new(project: &Path, outside: &Path, aside: &Path, seed: u64) -> Self {
+        fs::create_dir(aside).unwrap();
+        let config = fs::read_to_string(project.join(".git/config")).unwrap();
+        let mut writer = Self {
+            project: project.to_owned(),
+            outside: outside.to_owned(),
+            aside: aside.to_owned(),
+            chance: StdRng::seed_from_u64(seed),
+            config,
+            gc: None,
+            own: BTreeMap::new(),
+            written: HashSet::new(),
+            steps: 0,
+        };
+        for name in OWN {
+            writer.write_own(name);
+        }
+        writer
+    }
+
+    /// Does one thing. Whatever is altered is put right again after a moment, so that some pulls come through.
+    pub(crate) fn step(&mut self) {
+        self.steps += 1;
+        match self.chance.random_range(0..16) {
+            0 => self.settings(),
+            1 => self.swapped(".git/refs", ".git/refs.was", |w| w.outside.join("victim/.git/refs")),
+            2 => self.swapped(".git/objects", ".git/objects.was", |w| w.outside.join("victim/.git/objects")),
+            3 => self.swapped(".git", "dot-git", |w| w.outside.join("victim/.git")),
+            4 => self.swapped("dir", "dir.was", |w| w.outside.join("dir")),
+            5 => self.swapped(".git/index", ".git/index.was", |w| w.outside.join("victim/.git/index")),
+            6 => self.swapped("a.txt", "a.was", |w| w.outside.join("precious")),
+            7 => self.swapped(".git/logs", ".git/logs.was", |w| w.outside.join("empty")),
+            8 => self.locked(),
+            9 => self.moved_refs(),
+            10 => self.prune(),
+            11 | 12 => {
+                let name = TRACKED[self.chance.random_range(0..TRACKED.len())];
+                self.edit(name);
+            }
+            13 => {
+                let name = OWN[self.chance.random_range(0..OWN.len())];
+                self.write_own(name);
+            }
+            14 => self.unreadable(),
+            _ => self.pipe(),
+        }
+        // In bursts, with time between them for a pull to come through.
+        let most = if self.chance.random_bool(0.3) { 200_000 } else { 3000 };
+        self.pause(most);
+    }
+
+    /// Ends what runs beside.
+    pub(crate) fn rest(&mut self) {
+        if let Some(mut gc) = self.gc.take() {
+            let _ = gc.wait();
+        }
+    }
+
+    /// Repairs what the project needs to be one, as its user would.
+    pub(crate) fn mend(&self, url: &str) {
+        let git_dir = self.project.join(".git");
+        assert!(git_dir.is_dir() && !git_dir.is_symlink());
+        fs::write(git_dir.join("config"), &self.config).unwrap();
+        for lock in ["index.lock", "HEAD.lock", "packed-refs.lock", "gc.pid.lock", "gc.pid"] {
+            let _ = fs::remove_file(git_dir.join(lock));
+        }
+        // What prune took is fetched again; a ref of the writer's own may point to it.
+        git(&self.project, &["fetch", "-q", "--refetch", url, "+refs/heads/main:refs/remotes/origin/main"]);
+    }
+
+    fn pause(&mut self, most: u64) {
+        let pause = self.chance.random_range(0..most);
+        std::thread::sleep(Duration::from_micros(pause));
+    }
+
+    fn settings(&mut self) {
+        let evil = [
+            format!("[core]\n\tworktree = {}\n", self.outside.display()),
+            "[include]\n\tpath = /dev/zero\n".to_owned(),
+            "[core]\n\tfsmonitor = /bin/false\n\thooksPath = /\n".to_owned(),
+            format!("[core]\n\texcludesFile = {}\n", self.outside.join("precious").display()),
+            "noise".to_owned(),
+        ];
+        let chosen = &evil[self.chance.random_range(0..evil.len())];
+        let _ = fs::write(self.project.join(".git/config"), format!("{}{chosen}", self.config));
+        self.pause(3000);
+        let _ = fs::write(self.project.join(".git/config"), &self.config);
+    }
+
+    /// Puts a link in place of something, many times, and the thing back.
+    fn swapped(&mut self, name: &str, away: &str, target: impl Fn(&Self) -> PathBuf) {
+        let (path, away) = (self.project.join(name), self.project.join(away));
+        let target = target(self);
+        // Plain git would follow the links of whoever started it.
+        self.rest();
+        for _ in 0..self.chance.random_range(1..20) {
+            if fs::rename(&path, &away).is_err() {
+                return;
+            }
+            let linked = symlink(&target, &path).is_ok();
+            self.pause(400);
+            if linked && path.is_symlink() {
+                let _ = fs::remove_file(&path);
+            }
+            // Somebody may have made another there meanwhile.
+            if rustix::fs::renameat_with(
+                rustix::fs::CWD,
+                &away,
+                rustix::fs::CWD,
+                &path,
+                rustix::fs::RenameFlags::NOREPLACE,
+            )
+            .is_err()
+            {
+                let other = self.aside.join(format!("{:x}", self.chance.random::<u64>()));
+                let _ = fs::rename(&path, other);
+                let _ = fs::rename(&away, &path);
+            }
+            self.pause(400);
+        }
+    }
+
+    fn locked(&mut self) {
+        let locks = ["index.lock", "HEAD.lock", "packed-refs.lock", "refs/heads/main.lock", "config.lock"];
+        let lock = self.project.join(".git").join(locks[self.chance.random_range(0..locks.len())]);
+        if fs::File::options().write(true).create_new(true).open(&lock).is_ok() {
+            fs::write(&lock, "the writer's").unwrap_or_default();
+            self.pause(6000);
+            let ours = fs::read_to_string(&lock);
+            assert_eq!(ours.ok().as_deref(), Some("the writer's"), "a live lock was removed: {}", lock.display());
+            let _ = fs::remove_file(&lock);
+        }
+    }
+
+    fn moved_refs(&mut self) {
+        let refs = self.project.join(".git/refs/heads");
+        let Ok(before) = fs::read_to_string(refs.join("main")) else { return };
+        let other = ["0".repeat(40), "noise".to_owned(), "ref: refs/heads/main".to_owned()];
+        let _ = fs::write(refs.join(format!("w{}", self.chance.random_range(0..5))), &before);
+        let _ = fs::write(refs.join("odd"), &other[self.chance.random_range(0..other.len())]);
+        self.pause(2000);
+        let _ = fs::remove_file(refs.join("odd"));
+    }
+
+    fn prune(&mut self) {
+        if self.gc.as_mut().is_some_and(|gc| gc.try_wait().is_ok_and(|ended| ended.is_none())) {
+            return;
+        }
+        let mut gc = command(&self.project);
+        gc.args(["-c", "gc.reflogExpire=now", "gc", "-q", "--prune=now"]);
+        self.gc = gc.stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok();
+    }
+
+    /// Saves a file as an editor does: beside its place, then by a rename.
+    fn edit(&mut self, name: &str) {
+        let content = format!("the writer's {:016x}\n", self.chance.random::<u64>());
+        let beside = self.aside.join("beside");
+        let path = self.project.join(name);
+        if path.parent().is_some_and(|parent| parent.is_dir() && !parent.is_symlink()) {
+            self.written.insert(content.clone());
+            fs::write(&beside, content).unwrap();
+            let _ = fs::rename(&beside, &path);
+        }
+        self.pause(8000);
+        // Sometimes it is thrown away, so that a pull comes through.
+        if self.chance.random_bool(0.95) {
+            let _ = fs::remove_file(&path);
+        }
+    }
+
+    fn write_own(&mut self, name: &str) {
+        let content = format!("only the user's {:016x}\n", self.chance.random::<u64>());
+        // A pull may remove an empty directory in this moment.
+        let path = self.project.join(name);
+        while fs::create_dir_all(path.parent().unwrap()).and_then(|()| fs::write(&path, &content)).is_err() {}
+        self.own.insert(name.to_owned(), content);
+    }
+
+    fn unreadable(&mut self) {
+        let names = [".git/config", ".git/HEAD", ".git/refs", "dir", "a.txt"];
+        let path = self.project.join(names[self.chance.random_range(0..names.len())]);
+        let Ok(stat) = path.symlink_metadata() else { return };
+        if stat.is_symlink() || fs::set_permissions(&path, fs::Permissions::from_mode(0)).is_err() {
+            return;
+        }
+        self.pause(3000);
+        let _ = fs::set_permissions(&path, stat.permissions());
+    }
+
+    fn pipe(&mut self) {
+        let names = [".git/FETCH_HEAD", ".git/shallow", ".git/info/grafts", "new.txt"];
+        let path = self.project.join(names[self.chance.random_range(0..names.len())]);
+        let mode = rustix::fs::Mode::from_raw_mode(0o644);
+        if rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).is_ok() {
+            self.pause(3000);
+            let _ = fs::remove_file(&path);
+        }
+    }
+}
