@@ -171,12 +171,11 @@ impl<'a> Desk<'a> {
                 // A second engine goes on where the first one failed.
                 transfer::Question::Turn if held.lock().unwrap_or_else(PoisonError::into_inner).is_some() => false,
                 transfer::Question::Turn => {
-                    let (turn, waited) = match flight.at_once() {
-                        Some(turn) => (turn, false),
-                        None => {
-                            seat.leave();
-                            (flight.wait(run).await?, true)
-                        }
+                    let (turn, waited) = if let Some(turn) = flight.at_once() {
+                        (turn, false)
+                    } else {
+                        seat.leave();
+                        (flight.wait(run).await?, true)
                     };
                     *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(turn);
                     waited

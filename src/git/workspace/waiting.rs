@@ -178,8 +178,8 @@ pub(super) fn sweep(repo: &Repository) -> Result<(), Failure> {
 /// Removes the lock of `name` if it is the very file that waits in `left`.
 fn release(git: &Dir, left: &Dir, name: &str) -> Result<(), Failure> {
     let lock = format!("{name}.lock");
-    let look = |dir: &Dir, name: &str| dir.look(name).map_err(among);
-    if let (Some(ours), Some(held)) = (look(left, name)?, look(git, &lock)?)
+    let stat = |dir: &Dir, name: &str| dir.look(name).map_err(among);
+    if let (Some(ours), Some(held)) = (stat(left, name)?, stat(git, &lock)?)
         && (ours.st_dev, ours.st_ino) == (held.st_dev, held.st_ino)
     {
         unlinkat(git, &lock, AtFlags::empty()).map_err(|error| among(error.into()))?;
