@@ -1,11 +1,13 @@
 //! Mirrors: the agent's own bare copies of upstreams, and the only place the network writes to.
 
+mod errand;
 mod flight;
 mod lfs;
 mod lock;
 mod packs;
 mod repack;
 mod repair;
+mod seat;
 mod send;
 mod tip;
 mod underway;
@@ -14,37 +16,30 @@ mod upkeep;
 use std::{
     collections::{BTreeMap, HashMap},
     fmt::{self, Write as _},
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io,
-    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::SystemTime,
 };
 
-use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use self::{
-    flight::{Desk, Flights, Seat, Turn},
-    upkeep::Upkeep,
-};
+use self::{errand::Ahead, flight::Flights, upkeep::Upkeep};
 use super::{
     Run,
     child::Children,
-    credential::CredentialFile,
     hosts::Hosts,
     policy::Policy,
     room::blamed,
     settings::GitSettings,
-    transfer::{self, Heard},
+    transfer::{self},
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    protocol::{CredentialName, GitUrl, HostState, Progress, Scheme},
+    protocol::{CredentialName, GitUrl, HostState},
 };
 
 pub(super) use self::{
@@ -126,7 +121,7 @@ pub struct Fetched {
 #[derive(Debug)]
 enum Hold {
     /// A use of a mirror.
-    Mirror { _lease: Lease },
+    Mirror { _lease: Box<Lease> },
     /// A tip store, which goes with this.
     Tip { _store: tip::Store },
 }
@@ -149,14 +144,6 @@ pub struct Mirrors {
     ahead: Arc<Mutex<HashMap<String, CancellationToken>>>,
     /// Stops all of them.
     closed: CancellationToken,
-}
-
-/// Who wants something of a fetch before it is over.
-struct Ahead<'a> {
-    /// Is told what will be received.
-    heard: &'a (dyn Fn(Heard) + Send + Sync),
-    /// Whether to stand still.
-    pause: watch::Receiver<bool>,
 }
 
 /// Keeps a mirror as it is. With its end begins the upkeep that its use gave cause for.
@@ -297,7 +284,7 @@ impl Mirrors {
             received_bytes: answer.received_bytes,
             source: answer.source,
             shallow: answer.shallow,
-            _hold: Hold::Mirror { _lease: lease },
+            _hold: Hold::Mirror { _lease: Box::new(lease) },
         })
     }
 
@@ -305,102 +292,6 @@ impl Mirrors {
     #[must_use]
     pub fn hosts(&self) -> Vec<HostState> {
         self.hosts.states()
-    }
-
-    /// What a transfer child is told.
-    fn request(
-        &self,
-        url: &GitUrl,
-        credential: Option<&CredentialName>,
-        want: &Want,
-        key: &str,
-        run: &Run<'_>,
-    ) -> Result<transfer::Request, Failure> {
-        self.allow(url)?;
-        let credential = match credential.filter(|_| url.scheme() != Scheme::File) {
-            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url)?),
-            None => None,
-        };
-        let of_host = self.settings.of_host(url.host());
-        Ok(transfer::Request {
-            url: url.as_str().to_owned(),
-            mirror: self.path(key),
-            want: want.clone(),
-            apart: None,
-            tell: false,
-            credential,
-            policy: self.policy.clone(),
-            ca_file: of_host.ca_file,
-            proxy: of_host.proxy,
-            reserve: self.reserve,
-            engine: self.settings.transport,
-            known_hosts: self.settings.known_hosts.clone(),
-            max_bytes: self.settings.max_bytes.as_u64(),
-            time_left: run.deadline.saturating_duration_since(tokio::time::Instant::now()),
-        })
-    }
-
-    /// Runs one transfer child; with its answer comes the right to write, if it needed that.
-    async fn transfer(
-        &self,
-        key: &str,
-        request: &transfer::Request,
-        ahead: Option<&Ahead<'_>>,
-        run: &Run<'_>,
-    ) -> (Result<transfer::Landed, Failure>, Option<Turn>) {
-        if let Err(error) = make_directory(&request.mirror) {
-            return (Err(error), None);
-        }
-        let seat = match self.seat(request, run).await {
-            Ok(seat) => seat,
-            Err(failure) => return (Err(failure), None),
-        };
-        let mut request = request.clone();
-        request.tell = ahead.is_some();
-        let paused = ahead.map(|ahead| self.children.pausing(ahead.pause.clone()));
-        let children = paused.as_ref().unwrap_or(&self.children);
-        let progress = |progress: Progress| {
-            seat.watch(&progress);
-            (run.progress)(progress);
-        };
-        let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
-        let desk = Desk::new(self.flights.of(key), &seat, ahead.map(|ahead| ahead.heard), run);
-        let answer = |question| desk.answer(question);
-        let fallback = self.settings.transport_fallback;
-        let landed = transfer::run(children, request, fallback, &watched, answer).await;
-        let turn = desk.into_turn();
-        (seat.settle(landed), turn)
-    }
-
-    /// Runs a transfer child that leaves the mirror alone. One that is `lent` the place of a fetch that stands still for
-    /// it takes none of its own.
-    async fn apart(&self, request: &transfer::Request, lent: bool, run: &Run<'_>) -> Result<transfer::Answer, Failure> {
-        let seat = if lent { None } else { Some(self.seat(request, run).await?) };
-        let progress = |progress: Progress| {
-            if let Some(seat) = &seat {
-                seat.watch(&progress);
-            }
-            (run.progress)(progress);
-        };
-        let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
-        let nothing = |_| -> BoxFuture<'_, Result<serde_json::Value, Failure>> {
-            Box::pin(async { Ok(serde_json::Value::Null) })
-        };
-        let fallback = self.settings.transport_fallback;
-        let landed = transfer::run(&self.children, request.clone(), fallback, &watched, nothing).await;
-        let landed = match seat {
-            Some(seat) => seat.settle(landed),
-            None => landed,
-        };
-        match landed? {
-            transfer::Landed::Brought(answer) => Ok(answer),
-            transfer::Landed::Damaged { damaged } => Err(Failure::internal(damaged)),
-        }
-    }
-
-    /// Takes a place at the upstream's host.
-    async fn seat(&self, request: &transfer::Request, run: &Run<'_>) -> Result<Seat, Failure> {
-        Seat::take(Arc::clone(&self.hosts), GitUrl::parse(&request.url)?, run).await
     }
 
     /// Removes the directory of a transfer that came to nothing, and its lock, if nobody else uses them: a thousand
@@ -438,11 +329,6 @@ pub(super) fn key(url: &str, credential: Option<&str>) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
-}
-
-/// Makes the directory that a child fills, which can write nothing beside it.
-fn make_directory(path: &Path) -> Result<(), Failure> {
-    Ok(DirBuilder::new().recursive(true).mode(0o700).create(path)?)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Fetched, Hold, Listing, Mirrors, Want, flight::Turn, key, make_directory};
+use super::{Fetched, Hold, Listing, Mirrors, Want, errand::make_directory, flight::Turn, key};
 use crate::{
     failure::Failure,
     git::{Run, transfer::Apart},

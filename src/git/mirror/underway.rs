@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Ahead, Fetched, Mirrors, Want, key};
+use super::{Fetched, Mirrors, Want, errand::Ahead, key};
 use crate::{
     failure::Failure,
     git::{Fence, Run, child, transfer::Heard},
