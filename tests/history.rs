@@ -20,7 +20,7 @@ mod users;
 use std::time::Duration;
 
 use githttp::Behaviour;
-use haul::failure::ErrorClass;
+use haul::{failure::ErrorClass, git::GitSettings};
 use scene::Scene;
 use serde_json::json;
 use world::{git, write};
@@ -57,6 +57,16 @@ async fn a_clone_shows_its_tree_first_and_with_its_history_equals_one_that_waite
         assert_eq!(scene.server.counts().packs, 2);
         scene.equals_one_that_waited(&fields);
     }
+}
+
+#[tokio::test]
+async fn a_host_with_one_transfer_at_a_time_shows_its_trees_first_too() {
+    let settings = GitSettings { tree_first_after: Some(Duration::ZERO), host_limit: 1, ..GitSettings::default() };
+    let scene = Scene::with(settings).await;
+    scene.tree_first(json!({})).await;
+    scene.server.behave(Behaviour::Serve);
+    scene.history().await.unwrap().unwrap();
+    scene.equals_one_that_waited(&json!({}));
 }
 
 #[tokio::test]

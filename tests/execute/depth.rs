@@ -5,11 +5,17 @@ use std::fs;
 use serde_json::json;
 
 use crate::world::{World, assert_alike, class, git, git_raw, read, write};
-use haul::failure::ErrorClass;
+use haul::{
+    failure::ErrorClass,
+    git::settings::{Engine, GitSettings},
+};
 
 /// An upstream with six commits on `main`, a branch, and tags of both kinds along the way.
 async fn furnished() -> World {
-    let world = World::new().await;
+    furnish(World::new().await)
+}
+
+fn furnish(world: World) -> World {
     let seed = world.seed();
     for number in 0..6 {
         world.commit(&[("a.txt", &format!("{number}\n")), (&format!("only-{number}"), "x")]);
@@ -29,7 +35,17 @@ fn is_shallow(world: &World, target: &str) -> bool {
 
 #[tokio::test]
 async fn a_clone_of_some_depth_equals_that_of_git() {
-    let world = furnished().await;
+    equals_that_of_git(furnished().await).await;
+}
+
+#[tokio::test]
+async fn a_clone_of_some_depth_by_the_git_command_equals_that_of_git() {
+    let settings =
+        GitSettings { allow_file: true, tree_first_after: None, transport: Engine::Git, ..GitSettings::default() };
+    equals_that_of_git(furnish(World::with(settings).await)).await;
+}
+
+async fn equals_that_of_git(world: World) {
     let cases = [
         (json!({"depth": 1}), &["--depth", "1"][..]),
         (json!({"depth": 3}), &["--depth", "3"]),

@@ -30,13 +30,11 @@ impl Scene {
     }
 
     pub(crate) async fn after(tree_first_after: Option<Duration>) -> Self {
-        let settings = GitSettings {
-            allow_file: true,
-            allow_http: true,
-            allow_loopback: true,
-            tree_first_after,
-            ..GitSettings::default()
-        };
+        Self::with(GitSettings { tree_first_after, ..GitSettings::default() }).await
+    }
+
+    pub(crate) async fn with(settings: GitSettings) -> Self {
+        let settings = GitSettings { allow_file: true, allow_http: true, allow_loopback: true, ..settings };
         let world = World::with(settings).await;
         let seed = world.seed();
         for number in 0..6 {

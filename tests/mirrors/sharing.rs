@@ -52,6 +52,24 @@ async fn fifty_fetches_of_a_cold_upstream_are_fifty_listings_and_one_pack() {
 }
 
 #[tokio::test]
+async fn who_waits_for_a_mirror_leaves_the_place_at_its_host_to_others() {
+    let upstream = upstream();
+    let server = Server::start(upstream.root());
+    server.behave(Behaviour::HoldPack);
+    let node = Node::with(|settings| settings.host_limit = 2).await;
+    let url = server.url("app.git");
+    let serve = async {
+        // One has a place of the two all the time.
+        eventually("all have listed", || server.counts().listings == 6).await;
+        server.behave(Behaviour::Serve);
+    };
+    let (all, ()) = tokio::join!(join_all((0..6).map(|_| node.fetch(&url))), serve);
+    assert!(all.iter().all(Result::is_ok), "{all:?}");
+    assert_eq!((server.counts().listings, server.counts().packs), (6, 1));
+    assert!(node.mirrors.hosts().is_empty(), "every place was given back");
+}
+
+#[tokio::test]
 async fn each_credential_has_its_own_mirror_and_its_own_pack() {
     let upstream = upstream();
     let server = Server::start(upstream.root());

@@ -84,7 +84,7 @@ pub(super) fn tipped(
     let wants: BTreeSet<String> = wants.iter().cloned().collect();
     let depth = NonZeroU32::new(depth).ok_or_else(|| Failure::invalid("a depth must be at least 1"))?;
     let mut bare = Bare::anew(path)?;
-    let received = transport.receive(&bare, &wants, Some(depth)).map_err(|failure| match unlisted.first() {
+    let mut received = transport.receive(&bare, &wants, Some(depth)).map_err(|failure| match unlisted.first() {
         Some(oid) => unless_absent(failure, oid),
         None => failure,
     })?;
@@ -98,8 +98,18 @@ pub(super) fn tipped(
         return Err(Failure::new(ErrorClass::Network, format!("the upstream did not send {oid}")));
     }
     let shallow = bare.shallow()?;
-    let listing = bare.adopt(listing, &Want::All)?;
-    let (Received { objects, bytes: received_bytes }, source) = (received, Source::Upstream);
+    let mut adopted = bare.adopt(listing, &Want::All)?;
+    // Not every engine has the tags sent along that point to what it receives.
+    let pointing =
+        listing.peeled.iter().filter(|(_, target)| bare.has(target)).filter_map(|(name, _)| listing.refs.get(name));
+    let tags: BTreeSet<String> = pointing.filter(|oid| !bare.has(oid)).cloned().collect();
+    if !tags.is_empty() {
+        let more = transport.receive(&bare, &tags, None)?;
+        received = Received { objects: received.objects + more.objects, bytes: received.bytes + more.bytes };
+        bare.refresh()?;
+        adopted = bare.adopt(listing, &Want::All)?;
+    }
+    let (Received { objects, bytes: received_bytes }, listing, source) = (received, adopted, Source::Upstream);
     Ok(Landed::Brought(Answer { listing, objects, received_bytes, source, shallow }))
 }
 
