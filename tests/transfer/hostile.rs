@@ -306,7 +306,10 @@ async fn broken_lines_and_packs_end_with_a_class_and_hold_nothing_up() {
         });
         let failure = node.fetch(&server.url()).await.unwrap_err();
         assert!(
-            matches!(failure.class, ErrorClass::Network | ErrorClass::Corrupt | ErrorClass::NotFound),
+            matches!(
+                failure.class,
+                ErrorClass::Network | ErrorClass::Corrupt | ErrorClass::NotFound | ErrorClass::Quota
+            ),
             "{at:?} {shown:?}: {failure}"
         );
         assert_shown_safely(&failure);

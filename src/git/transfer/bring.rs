@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, num::NonZeroU32, path::Path};
 use super::{
     Answer, Granted, Heard, Landed, Question, Received, Request, Transport,
     bare::{Bare, Found},
-    journey::Journey,
+    journey::{self, Journey},
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -55,6 +55,9 @@ pub(super) fn mirrored(request: &Request, journey: &Journey<'_>) -> Result<Lande
             let message = format!("the upstream listed {oid} but did not send it");
             return Err(Failure::new(ErrorClass::Network, message));
         }
+    } else if *want == Want::All {
+        // The last transfer was killed when it had brought everything.
+        journey::forget(&bare)?;
     }
     let listing = bare.adopt(&listing, want)?;
     if let Want::Commit(oid) = want

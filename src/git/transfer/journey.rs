@@ -83,8 +83,7 @@ impl<'a> Journey<'a> {
         if others.is_some() {
             Record { plan: others, ..record }.write(bare.path())?;
         } else {
-            bare.let_go()?;
-            Record::remove(bare.path())?;
+            forget(bare)?;
         }
         Ok(received)
     }
@@ -268,6 +267,12 @@ impl Packs<'_, '_> {
         *self.transport = (self.journey.connect)()?;
         Ok(())
     }
+}
+
+/// Forgets what was remembered for the next try: all is there.
+pub(super) fn forget(bare: &Bare) -> Result<(), Failure> {
+    bare.let_go()?;
+    Ok(Record::remove(bare.path())?)
 }
 
 /// Whether the upstream has no such object, or does not hand it out.
