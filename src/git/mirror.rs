@@ -219,9 +219,10 @@ impl Mirrors {
                 self.transfer(&key, &lease.request, run).await.0
             }
             (Err(failure), turn) if failure.class == ErrorClass::Corrupt => {
-                match self.replace(&key, &failure.message, Some(begun), turn, run).await? {
-                    true => self.transfer(&key, &lease.request, run).await.0,
-                    false => Err(failure),
+                if self.replace(&key, &failure.message, Some(begun), turn, run).await? {
+                    self.transfer(&key, &lease.request, run).await.0
+                } else {
+                    Err(failure)
                 }
             }
             (landed, _) => landed,
@@ -291,7 +292,7 @@ impl Mirrors {
         }
         let pass = match GitUrl::parse(&request.url) {
             Ok(url) => self.hosts.enter(&url, run).await,
-            Err(error) => Err(error.into()),
+            Err(error) => Err(error),
         };
         let pass = match pass {
             Ok(pass) => pass,

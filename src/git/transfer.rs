@@ -176,7 +176,7 @@ trait Transport {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Order {
-    Lfs(LfsRequest),
+    Lfs(Box<LfsRequest>),
     Fetch(Box<Request>),
 }
 

@@ -107,7 +107,7 @@ impl Mirrors {
     }
 
     async fn tend_now(&self, key: &str, request: &transfer::Request) -> Result<(), Failure> {
-        self.blocking(key, |directory, key| clear(directory, key)).await?;
+        self.blocking(key, clear).await?;
         // A tip store serves one project and goes as a whole.
         if !key.contains(".tip-") {
             self.repack(key, request).await?;
@@ -246,14 +246,12 @@ pub(super) fn sweep_all(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
-        if name.contains(".git.new-")
-            || name.contains(".git.old-")
-            || (name.contains(".tip-") && name.ends_with(".git"))
-        {
+        let (tip, end) = (name.contains(".tip-"), path.extension().and_then(OsStr::to_str));
+        if name.contains(".git.new-") || name.contains(".git.old-") || (tip && end == Some("git")) {
             fs::remove_dir_all(&path)?;
-        } else if name.contains(".tip-") && name.ends_with(".lock") {
+        } else if tip && end == Some("lock") {
             fs::remove_file(&path)?;
-        } else if name.ends_with(".git") {
+        } else if end == Some("git") {
             sweep(&path)?;
             repack::settle(&path)?;
         }
