@@ -215,7 +215,7 @@ impl Writer {
         let names = [".git/config", ".git/HEAD", ".git/refs", "dir", "a.txt"];
         let path = self.project.join(names[self.chance.random_range(0..names.len())]);
         let Ok(stat) = path.symlink_metadata() else { return };
-        if stat.is_symlink() || fs::set_permissions(&path, fs::Permissions::from_mode(0)).is_err() {
+        if stat.is_symlink() || fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).is_err() {
             return;
         }
         self.pause(3000);
