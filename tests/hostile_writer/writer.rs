@@ -86,9 +86,17 @@ impl Writer {
 
     /// Ends what runs beside.
     pub(crate) fn rest(&mut self) {
-        if let Some(mut gc) = self.gc.take() {
-            let _ = gc.wait();
+        let Some(mut gc) = self.gc.take() else { return };
+        // Git itself waits for ever for a pipe that was there for a moment.
+        for _ in 0..300 {
+            if gc.try_wait().is_ok_and(|ended| ended.is_some()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
+        let group = rustix::process::Pid::from_child(&gc);
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        let _ = gc.wait();
     }
 
     /// Repairs what the project needs to be one, as its user would.
@@ -182,6 +190,7 @@ impl Writer {
             return;
         }
         let mut gc = command(&self.project);
+        std::os::unix::process::CommandExt::process_group(&mut gc, 0);
         gc.args(["-c", "gc.reflogExpire=now", "gc", "-q", "--prune=now"]);
         self.gc = gc.stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok();
     }

@@ -127,9 +127,9 @@ pub(crate) const PAYLOADS: &[Payload] = &[
     payload!("a pipe as info/grafts", Shown::Fails("log"), CONFLICT, |w| pipe(&w.project.join(".git/info/grafts"))),
     payload!("a pipe as objects/info/alternates", Shown::Fails("cat-file -e 1111111111111111111111111111111111111111"), CONFLICT, |w| pipe(&w.project.join(".git/objects/info/alternates"))),
     payload!("a pipe as objects/info/commit-graph", Shown::Withstood, CONFLICT, |w| pipe(&w.project.join(".git/objects/info/commit-graph"))),
-    payload!("a pipe as a pack's index", Shown::Fails("cat-file -e 1111111111111111111111111111111111111111"), CONFLICT, |w| pipe(&w.project.join(&format!(".git/objects/pack/pack-{}.idx", "1".repeat(40))))),
-    payload!("a pipe as a pack", Shown::Withstood, CONFLICT, |w| pipe(&w.project.join(&format!(".git/objects/pack/pack-{}.pack", "1".repeat(40))))),
-    payload!("a pipe as an object", Shown::Fails("cat-file -p 1111111111111111111111111111111111111111"), CONFLICT, |w| pipe(&w.project.join(&format!(".git/objects/11/{}", "1".repeat(38))))),
+    payload!("a pipe as a pack's index", Shown::Fails("cat-file -e 1111111111111111111111111111111111111111"), CONFLICT, |w| pipe(&w.project.join(format!(".git/objects/pack/pack-{}.idx", "1".repeat(40))))),
+    payload!("a pipe as a pack", Shown::Withstood, CONFLICT, |w| pipe(&w.project.join(format!(".git/objects/pack/pack-{}.pack", "1".repeat(40))))),
+    payload!("a pipe as an object", Shown::Fails("cat-file -p 1111111111111111111111111111111111111111"), CONFLICT, |w| pipe(&w.project.join(format!(".git/objects/11/{}", "1".repeat(38))))),
     payload!("a pipe as the branch", Shown::Fails("log"), CONFLICT, |w| pipe(&w.project.join(".git/refs/heads/main"))),
     payload!("a pipe as a tag", Shown::Fails("rev-parse --verify refs/tags/t"), CONFLICT, |w| pipe(&w.project.join(".git/refs/tags/t"))),
     payload!("a pipe as logs/HEAD", Shown::Fails("commit -q --allow-empty -m x"), CONFLICT, |w| pipe(&w.project.join(".git/logs/HEAD"))),
@@ -161,9 +161,9 @@ pub(crate) const PAYLOADS: &[Payload] = &[
     payload!("a terabyte as info/attributes", Shown::Withstood, CONFLICT, |w| sparse(&w.project.join(".git/info/attributes"), TERABYTE)),
     payload!("a terabyte as .gitignore", Shown::Fails("status"), CONFLICT, |w| sparse(&w.project.join(".gitignore"), TERABYTE)),
     payload!("a terabyte as the branch", Shown::Fails("rev-parse --verify HEAD"), CONFLICT, |w| sparse(&w.project.join(".git/refs/heads/main"), TERABYTE)),
-    payload!("a terabyte as an object", Shown::Fails("cat-file -p 1111111111111111111111111111111111111111"), WORKS, |w| sparse(&w.project.join(&format!(".git/objects/11/{}", "1".repeat(38))), TERABYTE)),
+    payload!("a terabyte as an object", Shown::Fails("cat-file -p 1111111111111111111111111111111111111111"), WORKS, |w| sparse(&w.project.join(format!(".git/objects/11/{}", "1".repeat(38))), TERABYTE)),
     payload!("a terabyte as a pack's index", Shown::Fails("cat-file -e 1111111111111111111111111111111111111111"), CONFLICT, |w| {
-        sparse(&w.project.join(&format!(".git/objects/pack/pack-{}.idx", "1".repeat(40))), TERABYTE);
+        sparse(&w.project.join(format!(".git/objects/pack/pack-{}.idx", "1".repeat(40))), TERABYTE);
         write(&w.project, &format!(".git/objects/pack/pack-{}.pack", "1".repeat(40)), "PACK");
     }),
     payload!("a terabyte as a tracked file that changes", Shown::Fails("add a.txt"), (End::Works, End::Conflict), |w| sparse(&w.project.join("a.txt"), TERABYTE)),
