@@ -104,7 +104,17 @@ impl Writer {
         let git_dir = self.project.join(".git");
         assert!(git_dir.is_dir() && !git_dir.is_symlink());
         fs::write(git_dir.join("config"), &self.config).unwrap();
-        for lock in ["index.lock", "HEAD.lock", "packed-refs.lock", "gc.pid.lock", "gc.pid"] {
+        for lock in [
+            "refs/heads/main.lock",
+            "refs/remotes/origin/main.lock",
+            "config.lock",
+            "shallow.lock",
+            "index.lock",
+            "HEAD.lock",
+            "packed-refs.lock",
+            "gc.pid.lock",
+            "gc.pid",
+        ] {
             let _ = fs::remove_file(git_dir.join(lock));
         }
         // What prune took is fetched again; a ref of the writer's own may point to it.
