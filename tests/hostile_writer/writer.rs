@@ -117,6 +117,13 @@ impl Writer {
         ] {
             let _ = fs::remove_file(git_dir.join(lock));
         }
+        // A gc that was killed has taken the index away and left the pack, which nobody can read any more.
+        for entry in fs::read_dir(git_dir.join("objects/pack")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|kind| kind == "pack") && !path.with_extension("idx").exists() {
+                fs::remove_file(&path).unwrap();
+            }
+        }
         // What prune took is fetched again; a ref of the writer's own may point to it.
         git(&self.project, &["fetch", "-q", "--refetch", url, "+refs/heads/main:refs/remotes/origin/main"]);
     }
