@@ -242,6 +242,10 @@ fn size(path: &Path) -> io::Result<u64> {
 
 /// Makes `directory` and removes from all mirrors what killed transfers left. Called before anybody uses a mirror.
 pub(super) fn sweep_all(directory: &Path) -> io::Result<()> {
+    if let Some(storage) = directory.parent().and_then(Path::parent) {
+        // The owners of projects pass through it.
+        fs::create_dir_all(storage)?;
+    }
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
@@ -283,6 +287,8 @@ pub(in crate::git) fn sweep(mirror: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn names(path: &Path) -> Vec<String> {
@@ -290,6 +296,15 @@ mod tests {
             fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn what_is_ours_is_closed_and_the_way_to_projects_open() {
+        let place = tempfile::tempdir().unwrap();
+        let storage = place.path().join("storage");
+        sweep_all(&storage.join(".haul/mirrors")).unwrap();
+        let others = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o011;
+        assert_eq!((others(&storage), others(&storage.join(".haul"))), (0o011, 0));
     }
 
     #[test]
