@@ -4,6 +4,8 @@ mod clone;
 mod delete;
 mod executor;
 mod extras;
+mod history;
+mod obtain;
 mod pace;
 mod pull;
 mod reserve;
@@ -12,14 +14,15 @@ mod status;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     failure::Failure,
-    git::Run,
-    protocol::{HostState, Place, ProjectId, Round, Task, TaskResult},
+    git::{Fence, Run},
+    protocol::{HostState, Place, ProjectId, Round, Task, TaskId, TaskResult},
 };
 
-pub use self::{executor::GitExecutor, pace::Pace};
+pub use self::{executor::GitExecutor, history::PENDING, pace::Pace};
 
 /// One execution of a task.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +35,17 @@ pub struct Job {
     pub attempt: u32,
     /// Its place in the order of its project; a success advances the project's mark to it.
     pub place: Place,
+}
+
+/// A history that a clone whose tree came first still lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwedHistory {
+    /// The clone.
+    pub task: TaskId,
+    /// Its project.
+    pub project: ProjectId,
+    /// How many tasks were applied to the project when its tree was shown.
+    pub seq: u64,
 }
 
 /// What is known of a project, from what outlives the journal.
@@ -81,6 +95,19 @@ pub trait Execute: Send + Sync + 'static {
     /// # Errors
     /// A failure that carries its decision.
     async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure>;
+
+    /// Attaches a history, and says what to report; nothing where the project was deleted or made anew since.
+    ///
+    /// Idempotent. `fence` is asked before the project is touched: it gives the project's turn.
+    ///
+    /// # Errors
+    /// A failure that carries its decision.
+    async fn history(
+        &self,
+        owed: &OwedHistory,
+        stop: &CancellationToken,
+        fence: &dyn Fence,
+    ) -> Result<Option<TaskResult>, Failure>;
 
     /// Clears a project's mark (a master restored from backup).
     ///

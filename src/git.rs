@@ -20,10 +20,10 @@ mod transfer;
 pub(crate) mod workspace;
 
 pub(crate) use child::{Children, Confinement, Support};
-pub(crate) use mirror::{Fetched, Listing, Mirrors, Want};
+pub(crate) use mirror::{Came, Fetched, Held, Listing, Mirrors, Tip, Underway, Want, send_objects};
 pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Projects, PullNote, Site, Staging, Stamp};
 pub use projects::{ProjectRecord, survey};
 pub(crate) use room::room;
 pub use run::{Fence, Run};
 pub use settings::GitSettings;
-pub(crate) use workspace::{Budget, Look, Looked, Make, Pull, Pulled};
+pub(crate) use workspace::{Attach, Budget, Look, Looked, Make, Pull, Pulled};

@@ -9,7 +9,7 @@ mod entry;
 pub mod settings;
 
 pub use admission::{Admission, Sighting, Ticket};
-pub use entry::{CancelAnswer, Concluded, Debt, Entry, Envelope, Key, Page, Phase, WaitingClone};
+pub use entry::{CancelAnswer, Concluded, Debt, Entry, Envelope, Key, OwedHistory, Page, Phase, WaitingClone};
 
 /// Crashes of the agent that a task may be running at before it is given up as `crashed`.
 pub const CRASH_BUDGET: u32 = 3;

@@ -9,6 +9,7 @@ mod attempt;
 mod consume;
 mod control;
 mod copies;
+mod history;
 mod reporter;
 mod settings;
 mod settle;
@@ -43,6 +44,7 @@ use crate::{
 use active::{Active, Entered};
 use arrival::Arrival;
 use attempt::Ending;
+use history::Histories;
 use reporter::Reporter;
 use turns::{Turn, Turns};
 
@@ -87,6 +89,8 @@ pub struct Worker {
     handling: TaskTracker,
     /// Publishes and payments that no delivery waits for.
     background: TaskTracker,
+    /// Histories that are being attached, or wait for another try.
+    histories: Histories,
     /// Settled tasks whose debts the broker does not take.
     owing: AtomicUsize,
     /// Something that the consuming loop waits for has changed.
@@ -145,7 +149,7 @@ impl Worker {
     #[must_use]
     pub fn new(parts: Parts, soft: CancellationToken, hard: CancellationToken) -> Arc<Self> {
         let Parts { settings, broker, journal, executor, observer, clock, boot } = parts;
-        let background = TaskTracker::new();
+        let (background, histories) = (TaskTracker::new(), Histories::new(settings.slots));
         let origin = Origin { node: settings.node.clone(), boot: boot.clone() };
         let reporter = Reporter::new(origin, settings.names.clone(), broker.clone(), clock.clone(), background.clone());
         Arc::new(Self {
@@ -164,6 +168,7 @@ impl Worker {
             hard: hard.child_token(),
             handling: TaskTracker::new(),
             background,
+            histories,
             owing: AtomicUsize::new(0),
             changed: Notify::new(),
             paused: watch::Sender::new(false),

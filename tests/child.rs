@@ -273,7 +273,7 @@ async fn packed(mirror: &Path, wants: &[&str], haves: &[&str], target: &Path) ->
     let owned = |oids: &[&str]| oids.iter().map(|&oid| oid.to_owned()).collect::<Vec<_>>();
     let (wants, haves) = (owned(wants), owned(haves));
     let packed = Bounds::default()
-        .within(async |run| pack::stream(&real(), mirror, &wants, &haves, into.into(), run).await)
+        .within(async |run| pack::stream(&real(), mirror, &wants, &haves, &[], into.into(), run).await)
         .await?;
     let bytes = reading.await.unwrap();
     assert_eq!(bytes.len() as u64, packed.bytes);

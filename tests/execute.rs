@@ -6,6 +6,8 @@
 mod clones;
 #[path = "execute/deletes.rs"]
 mod deletes;
+#[path = "execute/depth.rs"]
+mod depth;
 #[path = "execute/pulls.rs"]
 mod pulls;
 #[path = "execute/world.rs"]

@@ -168,6 +168,7 @@ impl Stage {
         let mut settings = GitSettings {
             allow_http: true,
             allow_loopback: true,
+            tree_first_after: None,
             credentials_path: Some(credentials.path().to_owned()),
             ..GitSettings::default()
         };

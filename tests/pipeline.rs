@@ -744,3 +744,135 @@ async fn the_trace_of_a_task_is_carried_to_its_events() {
     assert_eq!(pipeline.trace_of("t"), Some(trace.to_owned()));
     pipeline.broker.close().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_history_is_told_of_after_the_end() {
+    let pipeline = Pipeline::start().await;
+    pipeline.script("t", [Script::TreeFirst]);
+    pipeline.script_history("t", [Script::Take(Duration::from_mins(3))]);
+    pipeline.publish(&clone_task("t", 1)).await;
+    let end = pipeline.ends("t", Status::Succeeded).await;
+    assert_eq!(end.result.unwrap().history.as_deref(), Some("pending"));
+    // The delivery does not wait for it.
+    pipeline.drained().await;
+    let told = pipeline.saw("t", Status::History).await;
+    assert_eq!(told.result.unwrap().history.as_deref(), Some("attached"));
+    assert_eq!(serde_json::to_value(told.project_status).unwrap(), "ACTIVE");
+    assert!(told.error.is_none() && told.at.duration_since(end.at).as_secs() >= 180);
+    assert_eq!(pipeline.statuses("t"), [Status::Started, Status::Succeeded, Status::History]);
+    pipeline.reached(Step::HistoryStruck).await;
+    // Told once, whatever comes again.
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.told("t", 2).await;
+    pipeline.drained().await;
+    assert_eq!(pipeline.statuses("t").iter().filter(|status| **status == Status::History).count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_crash_before_a_history_is_attached_loses_nothing() {
+    for step in [Step::Settled, Step::EventStruck, Step::Acked] {
+        let mut pipeline = Pipeline::start().await;
+        pipeline.script("t", [Script::TreeFirst]);
+        pipeline.script_history("t", [Script::UntilStopped]);
+        pipeline.publish(&clone_task("t", 1)).await;
+        pipeline.reached(step).await;
+        pipeline.crash().await;
+        pipeline.restart().await;
+        pipeline.saw("t", Status::History).await;
+        pipeline.drained().await;
+        assert_eq!(pipeline.executions("t"), 1, "{step}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_history_that_is_stopped_goes_on_at_the_next_start() {
+    let mut pipeline = Pipeline::start().await;
+    pipeline.script("t", [Script::TreeFirst]);
+    pipeline.script_history("t", [Script::UntilStopped]);
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.reached(Step::Acked).await;
+    pipeline.stop_now().await;
+    assert!(!pipeline.statuses("t").contains(&Status::History));
+    pipeline.restart().await;
+    assert!(pipeline.saw("t", Status::History).await.error.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_crash_after_a_history_is_attached_tells_of_it_all_the_same() {
+    for step in [Step::HistoryDone, Step::HistoryNoted, Step::HistoryConfirmed] {
+        let mut pipeline = Pipeline::start().await;
+        pipeline.script("t", [Script::TreeFirst]);
+        pipeline.publish(&clone_task("t", 1)).await;
+        pipeline.reached(step).await;
+        pipeline.crash().await;
+        pipeline.restart().await;
+        let told = pipeline.saw("t", Status::History).await;
+        assert!(told.error.is_none(), "{step}: {told:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_history_whose_project_was_deleted_is_dropped_and_not_told_of() {
+    let mut pipeline = Pipeline::start().await;
+    pipeline.script("t", [Script::TreeFirst]);
+    pipeline.script_history("t", [Script::Fail(ErrorClass::Network)]);
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.ends("t", Status::Succeeded).await;
+    pipeline.publish(&task("d", Kind::Delete, 1)).await;
+    pipeline.ends("d", Status::Succeeded).await;
+    pipeline.reached(Step::HistoryNoted).await;
+    pipeline.drained().await;
+    pipeline.restart().await;
+    pipeline.until_ready(true).await;
+    assert!(!pipeline.statuses("t").contains(&Status::History));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pull_waits_while_a_history_is_attached() {
+    let pipeline = Pipeline::start().await;
+    pipeline.script("t", [Script::TreeFirst]);
+    pipeline.script_history("t", [Script::Take(Duration::from_mins(2))]);
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.ends("t", Status::Succeeded).await;
+    pipeline.publish(&task("p", Kind::Pull, 1)).await;
+    pipeline.publish(&task("other", Kind::Pull, 2)).await;
+    pipeline.ends("other", Status::Succeeded).await;
+    pipeline.ends("p", Status::Succeeded).await;
+    pipeline.saw("t", Status::History).await;
+    assert_eq!(pipeline.start_order(), ["t", "history-of-t", "other", "p"]);
+    assert!(!pipeline.overlapped());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_history_that_fails_is_tried_again_and_then_given_up_with_the_reason() {
+    let pipeline = Pipeline::start().await;
+    pipeline.script("t", [Script::TreeFirst]);
+    pipeline.script_history("t", [Script::Fail(ErrorClass::Network); 2]);
+    pipeline.publish(&clone_task("t", 1)).await;
+    assert!(pipeline.saw("t", Status::History).await.error.is_none());
+    pipeline.script("u", [Script::TreeFirst]);
+    pipeline.script_history("u", [Script::Fail(ErrorClass::Network); 5]);
+    pipeline.publish(&clone_task("u", 2)).await;
+    let told = pipeline.saw("u", Status::History).await;
+    assert_eq!(told.error.unwrap().class, ErrorClass::Network);
+    assert_eq!(serde_json::to_value(told.project_status).unwrap(), "ACTIVE", "its tree is there all the same");
+    assert_eq!(pipeline.dead_letters(), 0);
+    pipeline.script("v", [Script::TreeFirst]);
+    pipeline.script_history("v", [Script::Fail(ErrorClass::Conflict)]);
+    pipeline.publish(&clone_task("v", 3)).await;
+    assert_eq!(pipeline.saw("v", Status::History).await.error.unwrap().class, ErrorClass::Conflict);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_wait_of_a_history_outlives_a_restart_and_its_failures_are_counted_on() {
+    let mut pipeline = Pipeline::start().await;
+    pipeline.script("t", [Script::TreeFirst]);
+    pipeline.script_history("t", [Script::Fail(ErrorClass::Network); 5]);
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.ends("t", Status::Succeeded).await;
+    tokio::time::sleep(Duration::from_millis(1700)).await;
+    pipeline.restart().await;
+    let told = pipeline.saw("t", Status::History).await;
+    assert!(told.error.is_some(), "five tries in all, whatever happened in between");
+    assert!(pipeline.executions("history-of-t") <= 6, "{}", pipeline.executions("history-of-t"));
+}

@@ -174,7 +174,7 @@ async fn a_pull_counts_submodules_that_changed_and_leaves_them() {
 
 #[tokio::test]
 async fn hostile_submodules_fail_the_clone_and_leave_nothing() {
-    let world = World::with(GitSettings { allow_file: true, ..GitSettings::default() }).await;
+    let world = World::with(GitSettings { allow_file: true, tree_first_after: None, ..GitSettings::default() }).await;
     let sub = upstream(&world, "sub", &[("s", "s")], &[]);
     let touched = world.path("touched");
     let ext = format!("ext::sh -c touch%20{}", touched.display());
@@ -281,7 +281,9 @@ async fn a_project_within_itself_ends_at_a_depth() {
 
 #[tokio::test]
 async fn too_many_submodules_and_too_many_files_in_them_are_a_matter_of_quota() {
-    let world = World::with(GitSettings { allow_file: true, max_files: 10, ..GitSettings::default() }).await;
+    let world =
+        World::with(GitSettings { allow_file: true, tree_first_after: None, max_files: 10, ..GitSettings::default() })
+            .await;
     let files: Vec<(String, &str)> = (0..6).map(|file| (format!("f{file}"), "x")).collect();
     let files: Vec<(&str, &str)> = files.iter().map(|(file, text)| (file.as_str(), *text)).collect();
     let sub = upstream(&world, "sub", &files, &[]);
@@ -313,6 +315,7 @@ async fn a_credential_goes_to_submodules_of_its_own_host_and_to_no_other() {
     let world = World::with(GitSettings {
         allow_http: true,
         allow_loopback: true,
+        tree_first_after: None,
         credentials_path: Some(credentials.path().to_owned()),
         ..GitSettings::default()
     })

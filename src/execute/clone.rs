@@ -15,10 +15,12 @@ use super::{
     Job,
     executor::{GitExecutor, blocking, stamp},
     extras,
+    history::PENDING,
+    obtain::{self, Obtained},
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{Applied, Binding, Fetched, Follows, Identity, Listing, Look, Make, Run, Site, Staging, Want, workspace},
+    git::{Applied, Binding, Fetched, Follows, Identity, Listing, Look, Make, Run, Site, Staging, workspace},
     protocol::{CloneTask, Progress, Revision, TaskResult},
 };
 
@@ -76,6 +78,7 @@ async fn already_there(
     // Also shows that the tree can be used.
     let looked = workspace::look(&git.children.of(binding.owner), directory, Look::default(), run).await?;
     run.fence.check().await?;
+    let history = binding.history.as_ref().map(|_| PENDING.to_owned());
     let (project, stamp) = (binding.project, stamp(job));
     git.on_projects(move |projects| projects.advance(project, &stamp, |_| ())).await?;
     Ok(TaskResult {
@@ -85,21 +88,15 @@ async fn already_there(
         source: Some("mirror".to_owned()),
         objects: Some(0),
         received_bytes: Some(0),
+        history,
         ..TaskResult::default()
     })
 }
 
 async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> Result<TaskResult, Failure> {
-    let want = match &work.revision {
-        Revision::Commit(oid) => Want::Commit(oid.clone()),
-        Revision::Branch(name) if work.single_branch => Want::Branch(name.as_str().to_owned()),
-        _ => Want::All,
-    };
     let owner = git.settings.owner(work.owner)?;
     git.reserve.check().await?;
-    let fetched = git.mirrors.fetch(&work.url, work.credential.as_ref(), &want, run).await?;
-    let (follows, object) = resolve(&work.revision, &fetched.listing)?;
-    expected(work, &follows, object.as_deref(), &fetched.listing)?;
+    let Obtained { fetched, follows, object, tree_first, held: _held } = obtain::obtain(git, work, run).await?;
     let task = job.task.id.clone();
     let staging = Arc::new(git.on_projects(move |projects| projects.stage(&task, owner)).await?);
     let made = async {
@@ -112,7 +109,9 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
             owner,
             follows,
             single_branch: work.single_branch,
+            history: tree_first.then(|| fetched.shallow.clone()),
             // Known to the placing alone.
+            placed: 0,
             directory: Identity::default(),
             last_fetch: Some(Timestamp::now()),
             applied: Applied::default(),
@@ -121,6 +120,7 @@ async fn anew(git: &GitExecutor, job: &Job, work: &CloneTask, run: &Run<'_>) -> 
         let (staging, stamp) = (Arc::clone(&staging), stamp(job));
         let placed = git.on_projects(move |projects| projects.place(&staging, binding, &stamp)).await?;
         result.local_path = Some(placed.target);
+        result.history = tree_first.then(|| PENDING.to_owned());
         Ok(result)
     }
     .await;
@@ -152,6 +152,7 @@ async fn made(
         follows: follows.clone(),
         object,
         single_branch: work.single_branch,
+        shallow: fetched.shallow.clone(),
         budget: git.budget(),
         reserve: git.reserve.bytes(),
     };
@@ -212,7 +213,7 @@ async fn copy_objects(
 }
 
 /// What a revision means on the upstream: what the project follows, and the object to check out.
-fn resolve(revision: &Revision, listing: &Listing) -> Result<(Follows, Option<String>), Failure> {
+pub(super) fn resolve(revision: &Revision, listing: &Listing) -> Result<(Follows, Option<String>), Failure> {
     let absent = |what: String| Failure::new(ErrorClass::NotFound, format!("the upstream has no {what}"));
     match revision {
         Revision::Default => {
@@ -245,7 +246,12 @@ fn resolve(revision: &Revision, listing: &Listing) -> Result<(Follows, Option<St
 /// Refuses an upstream whose branch or tag is not at the commit that the task expects.
 ///
 /// The class is `not_found`: what was asked for, that name at that commit, does not exist.
-fn expected(work: &CloneTask, follows: &Follows, object: Option<&str>, listing: &Listing) -> Result<(), Failure> {
+pub(super) fn expected(
+    work: &CloneTask,
+    follows: &Follows,
+    object: Option<&str>,
+    listing: &Listing,
+) -> Result<(), Failure> {
     let Some(expected) = work.expect_commit.as_deref() else { return Ok(()) };
     let commit = match follows {
         Follows::Tag(name) => listing.peeled.get(&format!("refs/tags/{name}")).map(String::as_str).or(object),

@@ -7,11 +7,12 @@ use std::{
 
 use async_trait::async_trait;
 use bytesize::ByteSize;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Execute, Job, Limits, ProjectState, clone, delete, pull, reserve::Reserve, status};
+use super::{Execute, Job, Limits, OwedHistory, ProjectState, clone, delete, history, pull, reserve::Reserve, status};
 use crate::{
     failure::Failure,
-    git::{Budget, Children, Confinement, GitSettings, Mirrors, Projects, Run, Stamp, Support, owner::barred},
+    git::{Budget, Children, Confinement, Fence, GitSettings, Mirrors, Projects, Run, Stamp, Support, owner::barred},
     protocol::{HostState, ProjectId, Scheme, Task, TaskResult, Work},
 };
 
@@ -20,6 +21,8 @@ pub struct GitExecutor {
     pub(super) settings: GitSettings,
     pub(super) children: Children,
     pub(super) mirrors: Mirrors,
+    /// What goes on for itself ends with this.
+    _closing: DropGuard,
     pub(super) projects: Arc<Projects>,
     pub(super) reserve: Reserve,
 }
@@ -58,7 +61,14 @@ impl GitExecutor {
         .await?;
         let bound = projects.mirrored();
         mirrors.remove_unused(move |key| bound.contains(key)).await?;
-        Ok(Self { settings: settings.clone(), children, mirrors, projects: Arc::new(projects), reserve })
+        Ok(Self {
+            settings: settings.clone(),
+            children,
+            _closing: mirrors.closing(),
+            mirrors,
+            projects: Arc::new(projects),
+            reserve,
+        })
     }
 
     /// How large a tree may be.
@@ -109,9 +119,6 @@ impl Execute for GitExecutor {
     fn admit(&self, task: &Task) -> Result<(), Failure> {
         match &task.work {
             Work::Clone(work) => {
-                if work.depth.is_some() {
-                    return Err(Failure::invalid("this agent does not support depth"));
-                }
                 if work.lfs && !matches!(work.url.scheme(), Scheme::Https | Scheme::Http) {
                     return Err(Failure::invalid(
                         "lfs works over https only; clone without it, or from an https address",
@@ -146,6 +153,20 @@ impl Execute for GitExecutor {
             Work::Status(work) => status::execute(self, job, work, run).await,
         }?;
         result.duration_ms = Some(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
+        Ok(result)
+    }
+
+    async fn history(
+        &self,
+        owed: &OwedHistory,
+        stop: &CancellationToken,
+        fence: &dyn Fence,
+    ) -> Result<Option<TaskResult>, Failure> {
+        let begun = tokio::time::Instant::now();
+        let mut result = history::execute(self, owed, stop, fence).await?;
+        if let Some(result) = &mut result {
+            result.duration_ms = Some(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
+        }
         Ok(result)
     }
 

@@ -13,7 +13,7 @@ use super::{
     Job,
     delete::same_target,
     executor::{GitExecutor, blocking, stamp},
-    status,
+    history, status,
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -64,11 +64,12 @@ async fn once(
         return Err(Failure::conflict("a merge, rebase or the like is under way in the project; finish or abort it"));
     }
     let (fetched, tip) = fetch(git, work, &binding, &looked, run).await?;
+    let (looked, whole) = attached(git, &binding, &dir, &fetched, looked, run).await?;
     let noted = {
         let binding = binding.clone();
         git.on_projects(move |projects| projects.noted_pull(&binding)).await?
     };
-    let refs = wanted_refs(&binding, &fetched.listing);
+    let refs = wanted_refs(&binding, &fetched.listing, whole);
     let pulled = if noted.is_none() && up_to_date(&binding, &looked, tip.as_deref(), &refs) {
         Pulled { branch: looked.branch.clone(), head: looked.head.clone(), ..Pulled::default() }
     } else {
@@ -99,6 +100,33 @@ async fn once(
         lfs_changed: Some(pulled.pointers).filter(|&count| count > 0),
         ..TaskResult::default()
     })
+}
+
+/// Attaches the history of a project whose tree came first: the mirror that was just fetched has it, and what a pull brings
+/// may lead to any of it. Where that cannot be done yet the pull brings its own branch to the project as it is.
+async fn attached(
+    git: &GitExecutor,
+    binding: &Binding,
+    dir: &Dir,
+    fetched: &Fetched,
+    looked: Looked,
+    run: &Run<'_>,
+) -> Result<(Looked, bool), Failure> {
+    if binding.history.is_none() {
+        return Ok((looked, true));
+    }
+    run.fence.check().await?;
+    match history::complete(git, binding, dir, fetched, run).await {
+        Ok(()) => {
+            let order = Look { refs: true, status: false };
+            Ok((workspace::look(&git.children.of(binding.owner), dir.handle()?, order, run).await?, true))
+        }
+        Err(_) if run.cancel.is_cancelled() => Err(Failure::internal("cancelled")),
+        Err(failure) => {
+            tracing::info!(error = %failure, "a history could not be attached before a pull");
+            Ok((looked, false))
+        }
+    }
 }
 
 /// Brings the mirror up to date and finds the project's branch on the upstream.
@@ -144,15 +172,16 @@ fn branch(binding: &Binding) -> Option<&str> {
     }
 }
 
-/// The remote-tracking refs and tags of a project, by their names in it.
-fn wanted_refs(binding: &Binding, listing: &Listing) -> BTreeMap<String, String> {
+/// The remote-tracking refs and tags of a project, by their names in it; of one that lacks its history only its branch.
+fn wanted_refs(binding: &Binding, listing: &Listing, whole: bool) -> BTreeMap<String, String> {
     let branch = branch(binding);
+    let narrow = binding.single_branch || !whole;
     let wanted = |(name, oid): (&String, &String)| {
         let name = match name.strip_prefix("refs/heads/") {
-            Some(short) if binding.single_branch && branch != Some(short) => return None,
+            Some(short) if narrow && branch != Some(short) => return None,
             Some(short) => format!("refs/remotes/origin/{short}"),
             // Of a narrow clone new tags are left out: which of them point into the branch is not known yet.
-            None if binding.single_branch => return None,
+            None if narrow => return None,
             None => name.clone(),
         };
         Some((name, oid.clone()))
@@ -204,7 +233,9 @@ async fn bring(
     let (reader, writer) = std::io::pipe()?;
     let pull = workspace::pull(&children, dir.handle()?, Some(OwnedFd::from(reader)), order, run, note);
     let pack = async {
-        let packed = pack::stream(&git.children, &fetched.path, &wants, &haves, OwnedFd::from(writer), run).await;
+        let shallow = &looked.shallow;
+        let packed =
+            pack::stream(&git.children, &fetched.path, &wants, &haves, shallow, OwnedFd::from(writer), run).await;
         if let Err(failure) = packed.as_ref()
             && failure.class == ErrorClass::Corrupt
         {

@@ -14,9 +14,10 @@ use std::{os::fd::OwnedFd, path::PathBuf, process::ExitCode, sync::Arc, time::Du
 use futures_util::future::BoxFuture;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use tokio::sync::watch;
 
 use self::{
-    group::{Ended, Group},
+    group::{Ended, Group, Held},
     line::{Envelope, Line},
     spawner::Spawner,
 };
@@ -74,6 +75,8 @@ pub struct Children {
     spawner: Arc<Spawner>,
     kill_grace: Duration,
     confinement: Confinement,
+    /// While it says so, the child stands still.
+    pause: Option<watch::Receiver<bool>>,
 }
 
 impl Children {
@@ -83,7 +86,12 @@ impl Children {
     /// # Errors
     /// When the thread that starts them cannot be started.
     pub fn new(program: PathBuf, kill_grace: Duration) -> std::io::Result<Self> {
-        Ok(Self { spawner: Arc::new(Spawner::start(program)?), kill_grace, confinement: Confinement::default() })
+        Ok(Self {
+            spawner: Arc::new(Spawner::start(program)?),
+            kill_grace,
+            confinement: Confinement::default(),
+            pause: None,
+        })
     }
 
     /// The same, shut in as `confinement` says.
@@ -96,6 +104,11 @@ impl Children {
     #[must_use]
     pub fn of(&self, owner: Option<Owner>) -> Self {
         self.clone().confined(Confinement { owner, ..self.confinement })
+    }
+
+    /// The same; a child stands still while `pause` says so, and its stall clock with it.
+    pub(crate) fn pausing(&self, pause: watch::Receiver<bool>) -> Self {
+        Self { pause: Some(pause), ..self.clone() }
     }
 
     /// Runs one child to its end and returns its answer.
@@ -145,7 +158,7 @@ impl Children {
             line::encode(&Envelope { parent: std::process::id(), confinement: self.confinement, request })
                 .map_err(|error| Failure::internal(format!("the request to a child cannot be written: {error}")))?;
         let mut group = self.spawner.spawn(role, inherit).await?;
-        match converse(&mut group, &envelope, run, &mut answer).await {
+        match converse(&mut group, &envelope, run, self.pause.clone(), &mut answer).await {
             Ok(Last::Done(value)) => {
                 group.finish(self.kill_grace).await;
                 serde_json::from_value(value)
@@ -178,7 +191,13 @@ enum Last {
 /// Sends the request and follows the child's lines to the last one.
 ///
 /// An `Err` is a bound of `run` that was passed while the child still ran.
-async fn converse<'a, F>(group: &mut Group, envelope: &[u8], run: &Run<'_>, answer: &mut F) -> Result<Last, Failure>
+async fn converse<'a, F>(
+    group: &mut Group,
+    envelope: &[u8],
+    run: &Run<'_>,
+    mut pause: Option<watch::Receiver<bool>>,
+    answer: &mut F,
+) -> Result<Last, Failure>
 where
     F: FnMut(Value) -> BoxFuture<'a, Result<Value, Failure>> + Send,
 {
@@ -186,7 +205,7 @@ where
         return Ok(Last::Broken(format!("took no request ({error})")));
     }
     loop {
-        match within(run, Some(run.stall), group.line()).await? {
+        match next_line(group, run, pause.as_mut()).await? {
             Ok(Some(Line::Progress(progress))) => (run.progress)(line::cleaned_progress(progress)),
             Ok(Some(Line::Step)) => {}
             Ok(Some(Line::Ask(question))) => {
@@ -201,6 +220,29 @@ where
             Ok(None) => return Ok(Last::Broken("ended without an answer".to_owned())),
             Err(error) => return Ok(Last::Broken(format!("broke the protocol ({error})"))),
         }
+    }
+}
+
+/// The child's next line. As long as `pause` says so the child is stopped, and the stall clock stands still.
+async fn next_line(
+    group: &mut Group,
+    run: &Run<'_>,
+    pause: Option<&mut watch::Receiver<bool>>,
+) -> Result<std::io::Result<Option<Line>>, Failure> {
+    let Some(pause) = pause else { return within(run, Some(run.stall), group.line()).await };
+    let id = group.id();
+    // Kept over a pause: what was read of a line is in it.
+    let mut line = std::pin::pin!(group.line());
+    loop {
+        let asked = async { pause.wait_for(|paused| *paused).await.is_ok() };
+        tokio::select! {
+            biased;
+            line = within(run, Some(run.stall), line.as_mut()) => return line,
+            true = asked => {}
+        }
+        let _held = Held::new(id);
+        let over = async { pause.wait_for(|paused| !*paused).await.is_ok() };
+        within(run, None, over).await?;
     }
 }
 

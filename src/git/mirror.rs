@@ -6,29 +6,41 @@ mod lock;
 mod packs;
 mod repack;
 mod repair;
+mod send;
+mod tip;
+mod underway;
 mod upkeep;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fmt::{self, Write as _},
     fs::{self, DirBuilder, File},
     io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::SystemTime,
 };
 
+use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use self::{
-    flight::{Desk, Flights, Turn},
+    flight::{Desk, Flights, Seat, Turn},
     upkeep::Upkeep,
 };
 use super::{
-    Run, child::Children, credential::CredentialFile, hosts::Hosts, policy::Policy, room::blamed,
-    settings::GitSettings, transfer,
+    Run,
+    child::Children,
+    credential::CredentialFile,
+    hosts::Hosts,
+    policy::Policy,
+    room::blamed,
+    settings::GitSettings,
+    transfer::{self, Heard},
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -38,7 +50,14 @@ use crate::{
 pub(super) use self::{
     packs::{damage, names as packs, record},
     repack::main,
+    send::read_head,
     upkeep::sweep,
+};
+
+pub(crate) use self::{
+    send::send as send_objects,
+    tip::Tip,
+    underway::{Came, Hold as Held, Underway},
 };
 
 /// What a fetch is for.
@@ -98,7 +117,18 @@ pub struct Fetched {
     pub received_bytes: u64,
     /// Whether anything had to be received.
     pub source: Source,
-    _lease: Lease,
+    /// The commits at which the history ends; none in a mirror.
+    pub shallow: Vec<String>,
+    _hold: Hold,
+}
+
+/// What keeps the objects where they are.
+#[derive(Debug)]
+enum Hold {
+    /// A use of a mirror.
+    Mirror { _lease: Box<Lease> },
+    /// A tip store, which goes with this.
+    Tip { _store: tip::Store },
 }
 
 /// The mirrors of one storage directory. Cheap to clone.
@@ -115,6 +145,18 @@ pub struct Mirrors {
     flights: Arc<Flights>,
     /// What is done for the mirrors beside the tasks.
     upkeep: Arc<Upkeep>,
+    /// Fetches that whoever began them left to go on; a mirror that is removed stops its own.
+    ahead: Arc<Mutex<HashMap<String, CancellationToken>>>,
+    /// Stops all of them.
+    closed: CancellationToken,
+}
+
+/// Who wants something of a fetch before it is over.
+struct Ahead<'a> {
+    /// Is told what will be received.
+    heard: &'a (dyn Fn(Heard) + Send + Sync),
+    /// Whether to stand still.
+    pause: watch::Receiver<bool>,
 }
 
 /// Keeps a mirror as it is. With its end begins the upkeep that its use gave cause for.
@@ -165,6 +207,8 @@ impl Mirrors {
             reserve: 0,
             flights: Arc::default(),
             upkeep: Arc::default(),
+            ahead: Arc::default(),
+            closed: CancellationToken::new(),
         })
     }
 
@@ -201,26 +245,34 @@ impl Mirrors {
         want: &Want,
         run: &Run<'_>,
     ) -> Result<Fetched, Failure> {
-        self.allow(url)?;
-        let file = match credential.filter(|_| url.scheme() != Scheme::File) {
-            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url)?),
-            None => None,
-        };
+        self.fetch_telling(url, credential, want, None, run).await
+    }
+
+    /// The same as [`fetch`](Self::fetch); whoever goes `ahead` hears what will be received, before it is.
+    async fn fetch_telling(
+        &self,
+        url: &GitUrl,
+        credential: Option<&CredentialName>,
+        want: &Want,
+        ahead: Option<Ahead<'_>>,
+        run: &Run<'_>,
+    ) -> Result<Fetched, Failure> {
+        let ahead = ahead.as_ref();
         let key = key(url.as_str(), credential.map(CredentialName::as_str));
         let begun = SystemTime::now();
+        let request = self.request(url, credential, want, &key, run)?;
         let lock = lock::shared(self.lock_path(&key), run).await;
         let lock = lock.map_err(|failure| blamed(failure, &[&self.directory]))?;
-        let request = self.request(url, file, want, &key, run);
         // A transfer that is dropped or fails may leave something to sweep.
         let mut lease = Lease { lock: Some(lock), mirrors: self.clone(), request, changed: true };
-        let landed = match self.transfer(&key, &lease.request, run).await {
+        let landed = match self.transfer(&key, &lease.request, ahead, run).await {
             (Ok(transfer::Landed::Damaged { damaged }), turn) => {
                 self.replace(&key, &damaged, None, turn, run).await?;
-                self.transfer(&key, &lease.request, run).await.0
+                self.transfer(&key, &lease.request, ahead, run).await.0
             }
             (Err(failure), turn) if failure.class == ErrorClass::Corrupt => {
                 if self.replace(&key, &failure.message, Some(begun), turn, run).await? {
-                    self.transfer(&key, &lease.request, run).await.0
+                    self.transfer(&key, &lease.request, ahead, run).await.0
                 } else {
                     Err(failure)
                 }
@@ -244,7 +296,8 @@ impl Mirrors {
             objects: answer.objects,
             received_bytes: answer.received_bytes,
             source: answer.source,
-            _lease: lease,
+            shallow: answer.shallow,
+            _hold: Hold::Mirror { _lease: Box::new(lease) },
         })
     }
 
@@ -258,16 +311,23 @@ impl Mirrors {
     fn request(
         &self,
         url: &GitUrl,
-        credential: Option<CredentialFile>,
+        credential: Option<&CredentialName>,
         want: &Want,
         key: &str,
         run: &Run<'_>,
-    ) -> transfer::Request {
+    ) -> Result<transfer::Request, Failure> {
+        self.allow(url)?;
+        let credential = match credential.filter(|_| url.scheme() != Scheme::File) {
+            Some(name) => Some(CredentialFile::find(self.settings.credentials_path.as_deref(), name, url)?),
+            None => None,
+        };
         let of_host = self.settings.of_host(url.host());
-        transfer::Request {
+        Ok(transfer::Request {
             url: url.as_str().to_owned(),
             mirror: self.path(key),
             want: want.clone(),
+            apart: None,
+            tell: false,
             credential,
             policy: self.policy.clone(),
             ca_file: of_host.ca_file,
@@ -277,7 +337,7 @@ impl Mirrors {
             known_hosts: self.settings.known_hosts.clone(),
             max_bytes: self.settings.max_bytes.as_u64(),
             time_left: run.deadline.saturating_duration_since(tokio::time::Instant::now()),
-        }
+        })
     }
 
     /// Runs one transfer child; with its answer comes the right to write, if it needed that.
@@ -285,29 +345,62 @@ impl Mirrors {
         &self,
         key: &str,
         request: &transfer::Request,
+        ahead: Option<&Ahead<'_>>,
         run: &Run<'_>,
     ) -> (Result<transfer::Landed, Failure>, Option<Turn>) {
-        if let Err(error) = DirBuilder::new().recursive(true).mode(0o700).create(&request.mirror) {
-            return (Err(error.into()), None);
+        if let Err(error) = make_directory(&request.mirror) {
+            return (Err(error), None);
         }
-        let pass = match GitUrl::parse(&request.url) {
-            Ok(url) => self.hosts.enter(&url, run).await,
-            Err(error) => Err(error),
-        };
-        let pass = match pass {
-            Ok(pass) => pass,
+        let seat = match self.seat(request, run).await {
+            Ok(seat) => seat,
             Err(failure) => return (Err(failure), None),
         };
+        let mut request = request.clone();
+        request.tell = ahead.is_some();
+        let paused = ahead.map(|ahead| self.children.pausing(ahead.pause.clone()));
+        let children = paused.as_ref().unwrap_or(&self.children);
         let progress = |progress: Progress| {
-            pass.watch(&progress);
+            seat.watch(&progress);
             (run.progress)(progress);
         };
         let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
-        let desk = Desk::new(self.flights.of(key), run);
+        let desk = Desk::new(self.flights.of(key), &seat, ahead.map(|ahead| ahead.heard), run);
         let answer = |question| desk.answer(question);
         let fallback = self.settings.transport_fallback;
-        let landed = transfer::run(&self.children, request.clone(), fallback, &watched, answer).await;
-        (pass.settle(landed), desk.into_turn())
+        let landed = transfer::run(children, request, fallback, &watched, answer).await;
+        let turn = desk.into_turn();
+        (seat.settle(landed), turn)
+    }
+
+    /// Runs a transfer child that leaves the mirror alone. One that is `lent` the place of a fetch that stands still for
+    /// it takes none of its own.
+    async fn apart(&self, request: &transfer::Request, lent: bool, run: &Run<'_>) -> Result<transfer::Answer, Failure> {
+        let seat = if lent { None } else { Some(self.seat(request, run).await?) };
+        let progress = |progress: Progress| {
+            if let Some(seat) = &seat {
+                seat.watch(&progress);
+            }
+            (run.progress)(progress);
+        };
+        let watched = Run { cancel: run.cancel.clone(), progress: &progress, ..*run };
+        let nothing = |_| -> BoxFuture<'_, Result<serde_json::Value, Failure>> {
+            Box::pin(async { Ok(serde_json::Value::Null) })
+        };
+        let fallback = self.settings.transport_fallback;
+        let landed = transfer::run(&self.children, request.clone(), fallback, &watched, nothing).await;
+        let landed = match seat {
+            Some(seat) => seat.settle(landed),
+            None => landed,
+        };
+        match landed? {
+            transfer::Landed::Brought(answer) => Ok(answer),
+            transfer::Landed::Damaged { damaged } => Err(Failure::internal(damaged)),
+        }
+    }
+
+    /// Takes a place at the upstream's host.
+    async fn seat(&self, request: &transfer::Request, run: &Run<'_>) -> Result<Seat, Failure> {
+        Seat::take(Arc::clone(&self.hosts), GitUrl::parse(&request.url)?, run).await
     }
 
     /// Removes the directory of a transfer that came to nothing, and its lock, if nobody else uses them: a thousand
@@ -345,6 +438,11 @@ pub(super) fn key(url: &str, credential: Option<&str>) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// Makes the directory that a child fills, which can write nothing beside it.
+fn make_directory(path: &Path) -> Result<(), Failure> {
+    Ok(DirBuilder::new().recursive(true).mode(0o700).create(path)?)
 }
 
 #[cfg(test)]

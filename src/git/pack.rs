@@ -1,5 +1,7 @@
 //! The pack role: reads one mirror and streams what is asked for into a pipe.
 
+mod shallow;
+
 use std::{
     io::{self, Write},
     os::fd::{AsRawFd, OwnedFd},
@@ -35,6 +37,8 @@ struct Request {
     mirror: PathBuf,
     wants: Vec<String>,
     haves: Vec<String>,
+    #[serde(default)]
+    boundary: Vec<String>,
     into: i32,
 }
 
@@ -46,7 +50,8 @@ impl Confined for Request {
 
 /// Streams a pack of everything reachable from `wants` and not from `haves` out of `mirror` into `into`.
 ///
-/// A have that the mirror does not know is ignored. The pack needs no object from outside to be read. The other
+/// A have that the mirror does not know is ignored. Where a project's history ends at a `boundary`, its haves lead no
+/// further than that: what lies behind is sent where something else of the wants leads to it. The pack needs no object from outside to be read. The other
 /// end of `into` sees the end of the stream once the child has ended.
 ///
 /// # Errors
@@ -56,11 +61,17 @@ pub async fn stream(
     mirror: &Path,
     wants: &[String],
     haves: &[String],
+    boundary: &[String],
     into: OwnedFd,
     run: &Run<'_>,
 ) -> Result<Packed, Failure> {
-    let request =
-        Request { mirror: mirror.to_owned(), wants: wants.to_vec(), haves: haves.to_vec(), into: into.as_raw_fd() };
+    let request = Request {
+        mirror: mirror.to_owned(),
+        wants: wants.to_vec(),
+        haves: haves.to_vec(),
+        boundary: boundary.to_vec(),
+        into: into.as_raw_fd(),
+    };
     children.run(Role::Pack, &request, vec![into], run).await
 }
 
@@ -73,6 +84,10 @@ fn pack(request: &Request, reporter: &Reporter) -> Result<Packed, Failure> {
     let mut into = inherited(request.into)?;
     forget_search_paths();
     let repository = Repository::open_bare(&request.mirror).map_err(damaged)?;
+    if !request.boundary.is_empty() {
+        let builder = shallow::builder(&repository, request, reporter)?;
+        return write(builder, &mut into, reporter);
+    }
     let mut walk = repository.revwalk().map_err(damaged)?;
     let mut builder = repository.packbuilder().map_err(damaged)?;
     for want in &request.wants {
@@ -160,7 +175,8 @@ mod tests {
 
     #[test]
     fn a_pack_child_reads_one_mirror_and_writes_to_one_pipe() {
-        let request = Request { mirror: "/m.git".into(), wants: Vec::new(), haves: Vec::new(), into: 5 };
+        let request =
+            Request { mirror: "/m.git".into(), wants: Vec::new(), haves: Vec::new(), boundary: Vec::new(), into: 5 };
         let wanted = Access { reads: vec!["/m.git".into()], descriptors: vec![5], ..Access::default() };
         assert_eq!(request.access(), wanted);
     }

@@ -205,6 +205,7 @@ impl Projects {
         binding.applied =
             former.as_ref().map(|b| &b.applied).or(tombstone.as_ref().map(|t| &t.applied)).cloned().unwrap_or_default();
         binding.applied.advance(stamp);
+        binding.placed = binding.applied.seq;
         binding.directory = staging.dir.identity()?;
         self.owners.write_durably(&target, &text(&binding)?)?;
         if let Err(error) = self.ours.rename_to(&staging.name, &self.root, &target) {
@@ -253,6 +254,19 @@ impl Projects {
         self.owners.write_durably(&binding.target, &text(&binding)?)?;
         self.known().bindings.insert(project, binding.clone());
         Ok(binding)
+    }
+
+    /// Notes that the whole history of a project is attached; counts nothing.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(crate) fn note_whole(&self, project: ProjectId) -> Result<(), Failure> {
+        let _turn = self.turn();
+        let Some(mut binding) = self.of(project).0 else { return Ok(()) };
+        binding.history = None;
+        self.owners.write_durably(&binding.target, &text(&binding)?)?;
+        self.known().bindings.insert(project, binding);
+        Ok(())
     }
 
     /// Takes a project out of view, leaves its tombstone, and names what is left to remove in the trash.

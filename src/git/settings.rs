@@ -58,6 +58,10 @@ pub struct GitSettings {
     /// The longest such limit that a task may ask for.
     #[serde(with = "humantime_serde")]
     pub max_stall: Duration,
+    /// How long the full fetch of an upstream that the node has no mirror of may take before a clone shows its tree
+    /// first and has its history attached afterwards; `off` to wait for the whole of it always.
+    #[serde(with = "tree_first")]
+    pub tree_first_after: Option<Duration>,
     /// How long a child that was asked to end may take before it is killed.
     #[serde(with = "humantime_serde")]
     pub kill_grace: Duration,
@@ -125,6 +129,7 @@ impl Default for GitSettings {
             max_timeout: Duration::from_mins(25),
             stall: Duration::from_mins(1),
             max_stall: Duration::from_mins(10),
+            tree_first_after: Some(Duration::from_millis(300)),
             kill_grace: Duration::from_secs(2),
             transport: Engine::default(),
             transport_fallback: true,
@@ -190,5 +195,38 @@ impl GitSettings {
             ca_file: found.ca_file.or_else(|| self.ca_file.clone()),
             limit: found.limit.or(Some(self.host_limit)),
         }
+    }
+}
+
+/// A duration, or `off`.
+mod tree_first {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, de::Error};
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+        let text = String::deserialize(from)?;
+        if text == "off" {
+            return Ok(None);
+        }
+        humantime_serde::re::humantime::parse_duration(&text)
+            .map(Some)
+            .map_err(|error| D::Error::custom(format!("{error}; or \"off\"")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tree_first_is_a_time_or_off() {
+        let read = |text: &str| {
+            serde_json::from_value::<GitSettings>(serde_json::json!({ "tree_first_after": text }))
+                .map(|settings| settings.tree_first_after)
+        };
+        assert_eq!(read("off").unwrap(), None);
+        assert_eq!(read("2s").unwrap(), Some(Duration::from_secs(2)));
+        assert!(read("never").unwrap_err().to_string().contains("off"));
     }
 }

@@ -20,7 +20,8 @@ mod verdict;
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    num::NonZeroU32,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -68,6 +69,12 @@ pub(super) struct Request {
     pub(super) mirror: PathBuf,
     /// What for.
     pub(super) want: Want,
+    /// What it is instead of a full fetch, if it is.
+    #[serde(default)]
+    pub(super) apart: Option<Apart>,
+    /// Whether the agent hears of the listing, and of what is lacking, before anything is received.
+    #[serde(default)]
+    pub(super) tell: bool,
     /// What to send, if anything.
     pub(super) credential: Option<CredentialFile>,
     /// Whom it may talk to.
@@ -92,12 +99,43 @@ pub(super) struct Request {
     pub(super) time_left: Duration,
 }
 
+/// A transfer that leaves the mirror alone.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Apart {
+    /// Only the refs are listed.
+    List,
+    /// A tip store is filled.
+    Tip {
+        /// What the task's own listing said.
+        listing: Listing,
+        /// What of it is wanted.
+        wants: Vec<String>,
+        /// How many commits of each history.
+        depth: u32,
+    },
+}
+
 /// What a transfer child asks the agent.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Question {
     /// Something has to be written; may I, as the only one? The answer comes when that is so.
     Turn,
+    /// The upstream is to be spoken to again after a wait for the turn, during which others had our place at it. The
+    /// answer says nothing.
+    Place,
+    /// This is about to be received. The answer says nothing.
+    Heard(Heard),
+}
+
+/// What the agent hears before a pack comes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Heard {
+    /// What the upstream listed.
+    pub(crate) listing: Listing,
+    /// What of it the mirror lacks.
+    pub(crate) lacking: BTreeSet<String>,
 }
 
 /// The answer to [`Question::Turn`]; the right lasts as long as the child.
@@ -129,7 +167,8 @@ impl Confined for Request {
         let files = [credential, self.ca_file.clone(), self.known_hosts.clone(), upstream];
         Access {
             reads: files.into_iter().flatten().collect(),
-            writes: vec![self.mirror.clone()],
+            // A listing alone writes nothing.
+            writes: if matches!(self.apart, Some(Apart::List)) { Vec::new() } else { vec![self.mirror.clone()] },
             network: true,
             programs: self.engine == Engine::Git || matches!(scheme, Some((Scheme::Ssh | Scheme::File, _))),
             ..Access::default()
@@ -148,6 +187,9 @@ pub(super) struct Answer {
     pub(super) received_bytes: u64,
     /// Whether a pack was received.
     pub(super) source: Source,
+    /// The commits at which a tip store's history ends.
+    #[serde(default)]
+    pub(super) shallow: Vec<String>,
 }
 
 /// What a pack brought.
@@ -163,7 +205,15 @@ trait Transport {
     fn list(&mut self) -> Result<Listing, Failure>;
 
     /// Receives a pack with `wants` and all that they need, less what the refs of `mirror` lead to, into `mirror`.
-    fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure>;
+    ///
+    /// With a `depth`, only so many commits of each history, and the tags that point to them; where they end is then in
+    /// the `shallow` file of `mirror`.
+    fn receive(
+        &mut self,
+        mirror: &Bare,
+        wants: &BTreeSet<String>,
+        depth: Option<NonZeroU32>,
+    ) -> Result<Received, Failure>;
 
     /// Where the upstream would cut the history of `tip` so that it is `depth` commits deep: the last commits that would
     /// still be sent, none if that is all of it. `None` where it cannot be asked. The conversation is over after this.
@@ -242,7 +292,18 @@ fn transfer(request: &Request, reporter: &Reporter) -> Result<Landed, Failure> {
     let meter = Meter::default();
     let transferred = meter.reporting(TICK, reporter, || {
         let connect = || connect(request, &url, &meter);
-        mirrored(request, &Journey { connect: &connect, meter: &meter, reporter, begun: Instant::now() })
+        match &request.apart {
+            None => mirrored(request, &Journey { connect: &connect, meter: &meter, reporter, begun: Instant::now() }),
+            Some(Apart::List) => {
+                let listing = connect()?.list()?;
+                let source = Source::Mirror;
+                let answer = Answer { listing, objects: 0, received_bytes: 0, source, shallow: Vec::new() };
+                Ok(Landed::Brought(answer))
+            }
+            Some(Apart::Tip { listing, wants, depth }) => {
+                tipped(&request.mirror, listing, wants, *depth, connect()?.as_mut())
+            }
+        }
     });
     let places = [Some(request.mirror.as_path()), request.mirror.parent()];
     transferred.map_err(|failure| blamed(failure, &places.into_iter().flatten().collect::<Vec<_>>()))
@@ -301,9 +362,14 @@ fn mirrored(request: &Request, journey: &Journey<'_>) -> Result<Landed, Failure>
     bare.sweep()?;
     if granted.waited && !bare.lacks(&wants, want).is_empty() {
         // What was listed before the wait may be gone by now, and the upstream may have hung up.
+        journey.reporter.ask::<_, ()>(&Question::Place)?;
         transport = (journey.connect)()?;
         listing = transport.list()?;
         wants = wanted(want, &listing)?;
+    }
+    let lacking = bare.lacks(&wants, want);
+    if request.tell && !lacking.is_empty() {
+        journey.reporter.ask::<_, ()>(&Question::Heard(Heard { listing: listing.clone(), lacking }))?;
     }
     bare.retain_missing(&mut wants);
     let mut received = Received::default();
@@ -321,11 +387,45 @@ fn mirrored(request: &Request, journey: &Journey<'_>) -> Result<Landed, Failure>
     {
         // Not below any ref: most servers hand it out all the same if they have it.
         let wants = BTreeSet::from([oid.clone()]);
-        let more = transport.receive(&bare, &wants).map_err(|failure| unless_absent(failure, oid))?;
+        let more = transport.receive(&bare, &wants, None).map_err(|failure| unless_absent(failure, oid))?;
         received = Received { objects: received.objects + more.objects, bytes: received.bytes + more.bytes };
         bare.take_in(&wants, journey.reporter)?;
     }
     brought(&bare, listing, want, received)
+}
+
+/// Fills the tip store at `path`, anew, with `depth` commits of the history of each of `wants`.
+fn tipped(
+    path: &Path,
+    listing: &Listing,
+    wants: &[String],
+    depth: u32,
+    transport: &mut dyn Transport,
+) -> Result<Landed, Failure> {
+    // Listed as for every transfer: that is the authorisation. What it says by now is the next task's matter.
+    transport.list()?;
+    let listed: BTreeSet<&String> = listing.refs.values().chain(listing.peeled.values()).collect();
+    let unlisted: Vec<&String> = wants.iter().filter(|oid| !listed.contains(oid)).collect();
+    let wants: BTreeSet<String> = wants.iter().cloned().collect();
+    let depth = NonZeroU32::new(depth).ok_or_else(|| Failure::invalid("a depth must be at least 1"))?;
+    let mut bare = Bare::anew(path)?;
+    let received = transport.receive(&bare, &wants, Some(depth)).map_err(|failure| match unlisted.first() {
+        Some(oid) => unless_absent(failure, oid),
+        None => failure,
+    })?;
+    bare.refresh()?;
+    for oid in &unlisted {
+        bare.require_commit(oid)?;
+    }
+    let mut missing = wants;
+    bare.retain_missing(&mut missing);
+    if let Some(oid) = missing.first() {
+        return Err(Failure::new(ErrorClass::Network, format!("the upstream did not send {oid}")));
+    }
+    let shallow = bare.shallow()?;
+    let listing = bare.adopt(listing, &Want::All)?;
+    let (Received { objects, bytes: received_bytes }, source) = (received, Source::Upstream);
+    Ok(Landed::Brought(Answer { listing, objects, received_bytes, source, shallow }))
 }
 
 /// The objects that `want` needs of `listing`.
@@ -346,7 +446,8 @@ fn brought(bare: &Bare, listing: Listing, want: &Want, received: Received) -> Re
         bare.require_commit(oid)?;
     }
     let source = if received.bytes > 0 { Source::Upstream } else { Source::Mirror };
-    Ok(Landed::Brought(Answer { listing, objects: received.objects, received_bytes: received.bytes, source }))
+    let Received { objects, bytes: received_bytes } = received;
+    Ok(Landed::Brought(Answer { listing, objects, received_bytes, source, shallow: Vec::new() }))
 }
 
 /// `not_found` where the upstream says that it has no such object.
@@ -369,6 +470,8 @@ mod tests {
                 url: url.to_owned(),
                 mirror: "/m.git".into(),
                 want: Want::All,
+                apart: None,
+                tell: false,
                 credential: None,
                 policy: Policy::from(&GitSettings::default()),
                 ca_file: Some("/ca.pem".into()),

@@ -4,6 +4,7 @@
 //! is read with limits: it works among files that a stranger may have written.
 
 mod apply;
+mod attach;
 mod backup;
 mod compare;
 mod guard;
@@ -35,6 +36,7 @@ use serde_json::Value;
 
 use self::pull::Question;
 pub(crate) use self::{
+    attach::Attach,
     lfs::{Pointers, Smudge, collect, smudge},
     look::{Look, Looked},
     make::{Made, Make},
@@ -73,6 +75,8 @@ enum Order {
     Look(Look),
     /// Bring up to date.
     Pull(Pull),
+    /// Attach the history that is lacking.
+    Attach(Attach),
     /// Measure the tree of a repository of a project in the making, and list its submodules.
     Survey(Survey),
     /// Make one of them.
@@ -87,6 +91,7 @@ impl Confined for Request {
     fn access(&self) -> Access {
         let pack = match &self.order {
             Order::Pull(order) => order.pack,
+            Order::Attach(order) => order.objects,
             _ => None,
         };
         Access {
@@ -148,6 +153,22 @@ pub(crate) async fn pull<'a>(
     children.run_asking(Role::Workspace, &request, inherit, &patient(run), answer).await.map_err(altered)
 }
 
+/// Attaches the history that a project lacks; its objects are read from `objects`.
+///
+/// # Errors
+/// `conflict` where the project's own history was cut elsewhere by its user; deferred where git holds a lock there.
+pub(crate) async fn attach(
+    children: &Children,
+    directory: OwnedFd,
+    objects: OwnedFd,
+    mut order: Attach,
+    run: &Run<'_>,
+) -> Result<(), Failure> {
+    order.objects = Some(objects.as_raw_fd());
+    let request = Request { directory: directory.as_raw_fd(), order: Order::Attach(order) };
+    children.run(Role::Workspace, &request, vec![directory, objects], &patient(run)).await.map_err(altered)
+}
+
 /// The bounds of `run` with the stall limit of work among a user's files.
 fn patient<'a>(run: &Run<'a>) -> Run<'a> {
     Run {
@@ -177,6 +198,7 @@ pub(super) fn main() -> ExitCode {
             Order::Make(order) => value(make::run(&directory, &order, reporter)?),
             Order::Look(order) => value(look::run(&directory, &order, reporter)?),
             Order::Pull(order) => value(pull::run(&directory, &order, reporter)?),
+            Order::Attach(order) => value(attach::run(&directory, &order, reporter)?),
             Order::Survey(order) => value(submodules::run_survey(&directory, &order, reporter)?),
             Order::Add(order) => value(submodules::run_add(&directory, &order, reporter)?),
             Order::Collect(order) => value(lfs::run_collect(&directory, &order, reporter)?),

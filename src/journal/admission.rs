@@ -247,6 +247,25 @@ mod tests {
     }
 
     #[test]
+    fn a_history_is_owed_until_it_is_told_of() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        page.settle(0, Status::Succeeded, envelope(), None);
+        page.owe_history(0, 7);
+        page.strike(0, Debt::Event, at(1));
+        let entry = page.round(0).unwrap();
+        assert!(entry.owes() && entry.debts().is_empty(), "nothing that could be published yet");
+        page.put_off_history(0, 2, Some(at(3)));
+        assert_eq!(page.round(0).unwrap().owes_history.unwrap().failures, 2);
+        page.history_over(0, Some(envelope()));
+        assert_eq!(page.round(0).unwrap().debts(), [(Debt::History, envelope())]);
+        // Told once: what comes late changes nothing.
+        page.history_over(0, None);
+        page.strike(0, Debt::History, at(4));
+        assert!(!page.round(0).unwrap().owes());
+    }
+
+    #[test]
     fn a_delivery_older_than_its_released_copy_is_done_with() {
         let mut page = Page::default();
         admit(&mut page, &sighting());

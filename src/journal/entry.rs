@@ -55,6 +55,21 @@ pub enum Debt {
     DeadLetter,
     /// The terminal event.
     Event,
+    /// The event that tells what became of a history.
+    History,
+}
+
+/// The history of a project whose tree was shown first, still to be attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwedHistory {
+    /// How many tasks were applied to the project when its tree was shown: one that was made later is another.
+    pub seq: u64,
+    /// How often it failed.
+    #[serde(default)]
+    pub failures: u32,
+    /// Since when it is deferred, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deferred_since: Option<Timestamp>,
 }
 
 /// What is known of a task in one round.
@@ -93,6 +108,12 @@ pub struct Entry {
     /// The copy for the dead-letter queue, until the broker has confirmed it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owes_dead_letter: Option<Envelope>,
+    /// The history that is still to be attached. It is no debt to the broker, and is not paid by publishing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owes_history: Option<OwedHistory>,
+    /// The event that tells what became of the history, until the broker has confirmed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owes_history_event: Option<Envelope>,
     /// Last sighting or acknowledgement.
     pub seen: Timestamp,
 }
@@ -153,6 +174,8 @@ impl Entry {
             event: None,
             owes_event: false,
             owes_dead_letter: None,
+            owes_history: None,
+            owes_history_event: None,
             seen: now,
         }
     }
@@ -163,18 +186,22 @@ impl Entry {
         !matches!(self.phase, Phase::Settled { .. })
     }
 
-    /// Whether something is still owed.
+    /// Whether something is still owed, to the broker or to the project.
     #[must_use]
     pub fn owes(&self) -> bool {
-        self.owes_event || self.owes_dead_letter.is_some()
+        self.owes_event
+            || self.owes_dead_letter.is_some()
+            || self.owes_history.is_some()
+            || self.owes_history_event.is_some()
     }
 
-    /// What is owed, in the order of payment.
+    /// What is owed to the broker, in the order of payment.
     #[must_use]
     pub fn debts(&self) -> Vec<(Debt, Envelope)> {
         let dead = self.owes_dead_letter.clone().map(|envelope| (Debt::DeadLetter, envelope));
         let event = self.event.clone().filter(|_| self.owes_event).map(|envelope| (Debt::Event, envelope));
-        dead.into_iter().chain(event).collect()
+        let history = self.owes_history_event.clone().map(|envelope| (Debt::History, envelope));
+        dead.into_iter().chain(event).chain(history).collect()
     }
 
     /// The clone that waits for a retry, if it is one.
@@ -262,7 +289,31 @@ impl Page {
             match debt {
                 Debt::DeadLetter => entry.owes_dead_letter = None,
                 Debt::Event => entry.owes_event = false,
+                Debt::History => entry.owes_history_event = None,
             }
+        }
+    }
+
+    /// Notes, together with the end of a round, that the project's history is still to be attached.
+    pub fn owe_history(&mut self, round: Round, seq: u64) {
+        if let Some(entry) = self.round_mut(round) {
+            entry.owes_history = Some(OwedHistory { seq, failures: 0, deferred_since: None });
+        }
+    }
+
+    /// Notes that attaching a history failed and is tried again.
+    pub fn put_off_history(&mut self, round: Round, failures: u32, deferred_since: Option<Timestamp>) {
+        if let Some(owed) = self.round_mut(round).and_then(|entry| entry.owes_history.as_mut()) {
+            (owed.failures, owed.deferred_since) = (failures, deferred_since);
+        }
+    }
+
+    /// Ends the matter of a history: with an event that tells of it, or silently where its project is no more.
+    pub fn history_over(&mut self, round: Round, event: Option<Envelope>) {
+        if let Some(entry) = self.round_mut(round)
+            && entry.owes_history.take().is_some()
+        {
+            entry.owes_history_event = event;
         }
     }
 

@@ -90,7 +90,7 @@ pub struct Event {
     /// How far it is, with `progress`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// What went wrong, with `retrying`, `failed`, `rejected` and `superseded`.
+    /// What went wrong, with `retrying`, `failed`, `rejected` and `superseded`, and with `history` that was given up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<EventError>,
 }
@@ -119,6 +119,10 @@ pub struct TaskResult {
     /// How long the attempt took, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration_ms: Option<u64>,
+    /// For `clone`: `pending` where the tree was shown first and its history is still to come, which a `history` event
+    /// tells of; there it is `attached`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<String>,
     /// For `pull`: whether anything was new.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub updated: Option<bool>,

@@ -110,7 +110,12 @@ impl Worker {
         self.readiness.send_modify(|readiness| readiness.journal = true);
         for (task_id, entry) in self.journal.owing().await? {
             tracing::info!(task.id = %task_id, task.round = entry.round, "paying what an earlier start owed");
-            self.pay_in_background(Key { task_id, round: entry.round }, entry.debts());
+            let (key, owed) = (Key { task_id, round: entry.round }, entry.debts());
+            if owed.is_empty() {
+                self.begin_history(key, entry);
+            } else {
+                self.pay_in_background(key, owed);
+            }
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::{
     journal::Envelope,
     protocol::{
         ControlAnswer, ControlCommand, Event, EventError, Kind, Origin, Outcome, Progress, ProjectStatus, Round,
-        Status, TaskId, VERSION, new_event_id,
+        Status, TaskId, TaskResult, VERSION, new_event_id,
         wire::{Identity, Message},
     },
 };
@@ -71,6 +71,17 @@ impl Reporter {
                 event.error = Some(EventError::new(&failure, None));
             }
             Outcome::Cancelled => {}
+        }
+        self.envelope(&event, about.traceparent)
+    }
+
+    /// The event that tells what became of a history, as it is kept until the broker has it.
+    pub(super) fn history(&self, about: &About<'_>, outcome: &Result<TaskResult, Failure>) -> Envelope {
+        let mut event = self.event(about, Status::History);
+        event.project_status = if about.project.active { ProjectStatus::Active } else { ProjectStatus::Error };
+        match outcome {
+            Ok(result) => event.result = Some(result.clone()),
+            Err(failure) => event.error = Some(EventError::new(failure, None)),
         }
         self.envelope(&event, about.traceparent)
     }
@@ -195,7 +206,6 @@ fn after(project: ProjectState, kind: Kind, outcome: &Outcome) -> ProjectStatus 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::TaskResult;
 
     #[test]
     fn a_failure_shows_error_only_where_no_usable_project_exists() {

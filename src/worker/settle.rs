@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     broker::{Outgoing, PublishError, topology::RETRY_DELAYS},
-    execute::ProjectState,
+    execute::{PENDING, ProjectState},
     failure::Failure,
     journal::{Concluded, Debt, Entry, Envelope, Key, Ticket},
     protocol::{
@@ -62,8 +62,13 @@ impl Worker {
         });
         log_outcome(&arrival.key, &outcome);
         let (round, status) = (arrival.key.round, outcome.status());
+        let tree_first = matches!(&outcome, Outcome::Succeeded(result) if result.history.as_deref() == Some(PENDING));
+        let owes_history = tree_first.then_some(project.seq);
         let step = self.journal.step(&arrival.key.task_id, now, move |step| {
             let concluded = step.page.settle(round, status, event, dead);
+            if let Some(seq) = owes_history.filter(|_| concluded == Concluded::Now) {
+                step.page.owe_history(round, seq);
+            }
             let owed = step.page.round(round).map(Entry::debts).unwrap_or_default();
             (concluded, owed)
         });
@@ -76,33 +81,44 @@ impl Worker {
     }
 
     /// Step 8: each debt is published until the broker has it, then struck off.
-    pub(super) async fn pay(&self, key: &Key, owed: Vec<(Debt, Envelope)>) -> Result<(), Interrupted> {
+    pub(super) async fn pay(self: &Arc<Self>, key: &Key, owed: Vec<(Debt, Envelope)>) -> Result<(), Interrupted> {
         for (debt, envelope) in owed {
-            self.deliver(envelope, debt == Debt::Event).await?;
+            self.deliver(envelope, debt != Debt::DeadLetter).await?;
             self.observer.reached(
                 match debt {
                     Debt::DeadLetter => Step::DeadLetterConfirmed,
                     Debt::Event => Step::EventConfirmed,
+                    Debt::History => Step::HistoryConfirmed,
                 },
                 Some(&key.task_id),
             );
             let (round, now) = (key.round, self.clock.now());
-            self.journal.step(&key.task_id, now, move |step| step.page.strike(round, debt, now)).await?;
+            let struck = self.journal.step(&key.task_id, now, move |step| {
+                step.page.strike(round, debt, now);
+                step.page.round(round).filter(|entry| entry.owes_history.is_some()).cloned()
+            });
+            let owing = struck.await?;
             self.observer.reached(
                 match debt {
                     Debt::DeadLetter => Step::DeadLetterStruck,
                     Debt::Event => Step::EventStruck,
+                    Debt::History => Step::HistoryStruck,
                 },
                 Some(&key.task_id),
             );
+            // Only who knows that the project is there can be told more of it.
+            if let Some(entry) = owing.filter(|_| debt == Debt::Event) {
+                self.begin_history(key.clone(), entry);
+            }
         }
         Ok(())
     }
 
     /// A task that had ended: what is still owed is paid; where nothing is, its terminal event is told again.
-    pub(super) async fn answer(&self, key: &Key, entry: Entry) -> Result<(), Interrupted> {
-        if entry.owes() {
-            return self.pay(key, entry.debts()).await;
+    pub(super) async fn answer(self: &Arc<Self>, key: &Key, entry: Entry) -> Result<(), Interrupted> {
+        let owed = entry.debts();
+        if !owed.is_empty() {
+            return self.pay(key, owed).await;
         }
         match entry.event {
             Some(event) => self.deliver(event, true).await,

@@ -33,6 +33,14 @@ pub enum Step {
     EventConfirmed,
     /// The terminal event is struck off.
     EventStruck,
+    /// The history of a project whose tree came first is attached, or given up.
+    HistoryDone,
+    /// The journal knows what became of the history, and owes the event.
+    HistoryNoted,
+    /// The broker has the event that tells of the history.
+    HistoryConfirmed,
+    /// That event is struck off.
+    HistoryStruck,
     /// The broker has the copy for the next attempt.
     CopyConfirmed,
     /// The journal knows of that copy.
@@ -43,7 +51,7 @@ pub enum Step {
 
 impl Step {
     /// Every step, in order.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 20] = [
         Self::Received,
         Self::Decoded,
         Self::Admitted,
@@ -57,6 +65,10 @@ impl Step {
         Self::DeadLetterStruck,
         Self::EventConfirmed,
         Self::EventStruck,
+        Self::HistoryDone,
+        Self::HistoryNoted,
+        Self::HistoryConfirmed,
+        Self::HistoryStruck,
         Self::CopyConfirmed,
         Self::CopyNoted,
         Self::Acked,
@@ -79,6 +91,10 @@ impl Step {
             Self::DeadLetterStruck => "dead-letter-struck",
             Self::EventConfirmed => "event-confirmed",
             Self::EventStruck => "event-struck",
+            Self::HistoryDone => "history-done",
+            Self::HistoryNoted => "history-noted",
+            Self::HistoryConfirmed => "history-confirmed",
+            Self::HistoryStruck => "history-struck",
             Self::CopyConfirmed => "copy-confirmed",
             Self::CopyNoted => "copy-noted",
             Self::Acked => "acked",

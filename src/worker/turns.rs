@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    protocol::{Place, ProjectId, Task},
+    protocol::{Kind, Place, Priority, ProjectId, Task},
     schedule::{Number, Schedule, Waiting},
 };
 
@@ -46,10 +46,21 @@ impl Turns {
 
     /// Queues a task; nothing if its project has too many waiting.
     pub(super) fn queue(self: &Arc<Self>, task: &Task, place: Place) -> Option<Queued> {
+        self.queue_work(task.project, task.kind(), task.priority, place)
+    }
+
+    /// Queues work on a project that no task of its own asks for; nothing if its project has too many waiting.
+    pub(super) fn queue_work(
+        self: &Arc<Self>,
+        project: ProjectId,
+        kind: Kind,
+        priority: Priority,
+        place: Place,
+    ) -> Option<Queued> {
         let (wake, granted) = oneshot::channel();
         let mut inner = self.lock();
         let number = inner.next;
-        let waiting = Waiting { number, project: task.project, kind: task.kind(), priority: task.priority, place };
+        let waiting = Waiting { number, project, kind, priority, place };
         if !inner.schedule.enqueue(waiting) {
             return None;
         }
@@ -57,7 +68,7 @@ impl Turns {
         inner.wake.insert(number, wake);
         self.grant(&mut inner);
         drop(inner);
-        Some(Queued { turns: self.clone(), project: task.project, number, granted })
+        Some(Queued { turns: self.clone(), project, number, granted })
     }
 
     /// Tasks that wait.

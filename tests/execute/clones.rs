@@ -199,11 +199,8 @@ async fn what_does_not_exist_is_named() {
 }
 
 #[tokio::test]
-async fn what_this_version_does_not_support_is_refused_by_name() {
+async fn an_owner_that_no_setting_allows_is_refused() {
     let world = World::new().await;
-    let failure = world.clone(1, "p", json!({"depth": 1})).await.unwrap_err();
-    assert_eq!(failure.class, ErrorClass::Invalid);
-    assert!(failure.message.contains("depth"), "{failure}");
     let failure = world.clone(1, "p", json!({"owner": "1000:1000"})).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Forbidden);
     assert!(failure.message.contains("git.owners"), "{failure}");
@@ -211,11 +208,16 @@ async fn what_this_version_does_not_support_is_refused_by_name() {
 
 #[tokio::test]
 async fn a_tree_over_the_budget_is_not_checked_out() {
-    let small = GitSettings { allow_file: true, max_files: 3, ..GitSettings::default() };
+    let small = GitSettings { allow_file: true, tree_first_after: None, max_files: 3, ..GitSettings::default() };
     let world = World::with(small).await;
     world.commit(&[("a", "1"), ("b", "2"), ("c", "3"), ("d/e", "4")]);
     assert_eq!(class(&world.clone(1, "p", json!({})).await), ErrorClass::Quota);
-    let thin = GitSettings { allow_file: true, max_bytes: bytesize::ByteSize(100), ..GitSettings::default() };
+    let thin = GitSettings {
+        allow_file: true,
+        tree_first_after: None,
+        max_bytes: bytesize::ByteSize(100),
+        ..GitSettings::default()
+    };
     let world = World::with(thin).await;
     world.commit(&[("a", &"x".repeat(200))]);
     assert_eq!(class(&world.clone(1, "p", json!({})).await), ErrorClass::Quota);

@@ -211,6 +211,7 @@ pub(crate) async fn open_with(storage: &Path, program: PathBuf, change: impl FnO
     let mut settings = GitSettings {
         allow_http: true,
         allow_loopback: true,
+        tree_first_after: None,
         kill_grace: Duration::from_millis(300),
         run_as: owner(),
         ..GitSettings::default()

@@ -63,7 +63,12 @@ async fn without_git_a_mirror_of_many_packs_is_fetched_anew() {
 
 #[tokio::test]
 async fn a_mirror_beyond_the_budget_goes_and_its_projects_go_on() {
-    let settings = GitSettings { allow_file: true, mirror_budget: ByteSize::b(1), ..GitSettings::default() };
+    let settings = GitSettings {
+        allow_file: true,
+        tree_first_after: None,
+        mirror_budget: ByteSize::b(1),
+        ..GitSettings::default()
+    };
     let world = World::with(settings).await;
     world.commit(&[("a.txt", "one\n")]);
     world.clone(1, "p", json!({})).await.unwrap();

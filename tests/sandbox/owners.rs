@@ -20,7 +20,12 @@ use super::{
 };
 
 fn settings() -> GitSettings {
-    GitSettings { allow_file: true, run_as: Some(Owner { uid: UID, gid: GID }), ..GitSettings::default() }
+    GitSettings {
+        allow_file: true,
+        tree_first_after: None,
+        run_as: Some(Owner { uid: UID, gid: GID }),
+        ..GitSettings::default()
+    }
 }
 
 /// A world that its owners can enter.
@@ -129,7 +134,13 @@ async fn an_owner_reaches_neither_mirrors_nor_the_agents_own_files() {
 #[tokio::test]
 async fn a_task_may_name_an_owner_among_those_allowed() {
     let owners_setting = vec![format!("{UID}-{}:{GID}", UID + 10).parse().unwrap()];
-    let world = world(GitSettings { allow_file: true, owners: owners_setting, ..GitSettings::default() }).await;
+    let world = world(GitSettings {
+        allow_file: true,
+        tree_first_after: None,
+        owners: owners_setting,
+        ..GitSettings::default()
+    })
+    .await;
     world.commit(&[("a.txt", "1")]);
     let failure = world.clone(1, "p", json!({"owner": format!("{}:{GID}", UID + 11)})).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Forbidden);
@@ -175,7 +186,7 @@ async fn a_file_that_its_owner_cannot_touch_is_a_conflict() {
 
 #[tokio::test]
 async fn as_root_without_an_owner_a_project_of_somebody_else_is_forbidden() {
-    let world = world(GitSettings { allow_file: true, ..GitSettings::default() }).await;
+    let world = world(GitSettings { allow_file: true, tree_first_after: None, ..GitSettings::default() }).await;
     world.commit(&[("a.txt", "1")]);
     world.clone(1, "p", json!({})).await.unwrap();
     assert_eq!(git(&world.project("p"), &["status", "--porcelain"]), "");

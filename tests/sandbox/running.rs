@@ -163,7 +163,7 @@ async fn a_pack_child_runs_without_any_power() {
     let (children, run) = (children(), run(&|_| ()));
     let (path, wants) = (upstream.path(), [tip]);
     // Nobody reads.
-    let packed = pack::stream(&children, &path, &wants, &[], OwnedFd::from(writer), &run);
+    let packed = pack::stream(&children, &path, &wants, &[], &[], OwnedFd::from(writer), &run);
     tokio::pin!(packed);
     // It goes on while it is looked at.
     let seen = tokio::select! {

@@ -68,6 +68,8 @@ impl Agent {
             ("AGENT_GIT__ALLOW_FILE", "true".to_owned()),
             ("AGENT_GIT__ALLOW_HTTP", "true".to_owned()),
             ("AGENT_GIT__ALLOW_LOOPBACK", "true".to_owned()),
+            // On a machine under load a tree would be shown first by chance.
+            ("AGENT_GIT__TREE_FIRST_AFTER", "off".to_owned()),
             ("AGENT_LOG__FORMAT", "json".to_owned()),
         ];
         let seen = Arc::new(Mutex::new(Seen::default()));

@@ -58,6 +58,10 @@ pub(crate) enum Behaviour {
     Stall,
     /// Packs wait until the behaviour changes and are then served; all else as git does.
     HoldPack,
+    /// Packs of a whole history wait until the behaviour changes; those of some depth are served, and all else as git does.
+    HoldWhole,
+    /// The reverse.
+    HoldDepth,
     /// Packs stop after so many bytes, and the connection stays open; all else as git does.
     StallPack {
         /// Bytes of the answer's body that are still sent.
@@ -86,6 +90,8 @@ pub(crate) struct Counts {
     pub(crate) listings: usize,
     /// Requests for a pack, rounds of negotiation included.
     pub(crate) packs: usize,
+    /// Those of them that asked for some depth only.
+    pub(crate) depths: usize,
     /// Requests that carried a credential.
     pub(crate) authorised: usize,
 }
@@ -360,6 +366,7 @@ impl Shared {
     fn serve(&self, stream: &mut impl Stream, socket: &TcpStream) -> std::io::Result<()> {
         let request = Request::read(stream)?;
         let is_pack = request.body.windows(13).any(|window| window == b"command=fetch");
+        let is_depth = is_pack && request.body.windows(7).any(|window| window == b"deepen ");
         let handler = self.state.lock().unwrap().handler.clone();
         let answered = handler.is_some_and(|handler| handler(&request, stream));
         let behaviour = {
@@ -367,6 +374,7 @@ impl Shared {
             let authorization = request.header("authorization").map(str::to_owned);
             state.counts.requests += 1;
             state.counts.packs += usize::from(is_pack);
+            state.counts.depths += usize::from(is_depth);
             state.counts.listings += usize::from(request.body.windows(15).any(|window| window == b"command=ls-refs"));
             state.counts.authorised += usize::from(authorization.is_some());
             if state.authorization.is_some() && state.authorization != authorization {
@@ -396,8 +404,13 @@ impl Shared {
                 self.hang(stream, socket);
                 Ok(())
             }
-            Behaviour::HoldPack => {
-                if is_pack {
+            Behaviour::HoldPack | Behaviour::HoldWhole | Behaviour::HoldDepth => {
+                let held = match behaviour {
+                    Behaviour::HoldWhole => is_pack && !is_depth,
+                    Behaviour::HoldDepth => is_depth,
+                    _ => is_pack,
+                };
+                if held {
                     self.wait_for_another_behaviour();
                 }
                 self.answer(stream, &request, usize::MAX).map(drop)
@@ -416,7 +429,10 @@ impl Shared {
     }
 
     fn wait_for_another_behaviour(&self) {
-        let held = || matches!(self.state.lock().unwrap().behaviour, Behaviour::HoldPack);
+        let holds = |behaviour: &Behaviour| {
+            matches!(behaviour, Behaviour::HoldPack | Behaviour::HoldWhole | Behaviour::HoldDepth)
+        };
+        let held = || holds(&self.state.lock().unwrap().behaviour);
         while held() && !self.stopped.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(20));
         }

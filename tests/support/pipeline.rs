@@ -15,9 +15,9 @@ use haul::{
         Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Names, Outgoing, PublishError, Topology,
         memory::Memory,
     },
-    execute::{Execute, Job, Limits, ProjectState},
+    execute::{Execute, Job, Limits, OwedHistory, PENDING, ProjectState},
     failure::{ErrorClass, Failure},
-    git::Run,
+    git::{Fence, Run},
     journal::Entry,
     protocol::{
         ControlAnswer, Event, Kind, NodeName, ProjectId, Status, Task, TaskId, TaskResult, Work,
@@ -46,6 +46,8 @@ pub enum Script {
     Succeed,
     /// Fails at once.
     Fail(ErrorClass),
+    /// Succeeds at once, with a history that is still to be attached.
+    TreeFirst,
     /// Succeeds after this time.
     Take(Duration),
     /// Goes on until it is stopped.
@@ -73,6 +75,7 @@ pub fn task(id: &str, kind: Kind, project: i64) -> Value {
 #[derive(Default)]
 pub struct Obedient {
     scripts: Mutex<HashMap<TaskId, VecDeque<Script>>>,
+    histories: Mutex<HashMap<TaskId, VecDeque<Script>>>,
     projects: Mutex<HashMap<ProjectId, ProjectState>>,
     log: Mutex<Vec<TaskId>>,
     running: Mutex<HashSet<ProjectId>>,
@@ -105,21 +108,10 @@ impl Execute for Obedient {
         }
         let _ends = Ends(self, project);
         let script = self.scripts.lock().unwrap().get_mut(&job.task.id).and_then(VecDeque::pop_front);
-        let stopped = || Failure::internal("stopped");
+        let mut result = TaskResult::default();
         match script.unwrap_or(Script::Succeed) {
-            Script::Succeed => {}
-            Script::Fail(class) => return Err(Failure::new(class, format!("told to fail with {class}"))),
-            Script::Take(time) => tokio::select! {
-                () = tokio::time::sleep(time) => {}
-                () = run.cancel.cancelled() => return Err(stopped()),
-            },
-            Script::UntilStopped => {
-                run.cancel.cancelled().await;
-                return Err(stopped());
-            }
-            Script::Panic => panic!("told to panic"),
-            Script::Stuck => std::future::pending().await,
-            Script::IgnoreStop(time) => tokio::time::sleep(time).await,
+            Script::TreeFirst => result.history = Some(PENDING.to_owned()),
+            script => script.play(&run.cancel).await?,
         }
         if job.task.kind().changes_project() {
             let mut projects = self.projects.lock().unwrap();
@@ -131,12 +123,58 @@ impl Execute for Obedient {
             state.active = job.task.kind() != Kind::Delete;
             state.deleted = !state.active;
         }
-        Ok(TaskResult::default())
+        Ok(result)
+    }
+
+    async fn history(
+        &self,
+        owed: &OwedHistory,
+        stop: &CancellationToken,
+        fence: &dyn Fence,
+    ) -> Result<Option<TaskResult>, Failure> {
+        let script = self.histories.lock().unwrap().get_mut(&owed.task).and_then(VecDeque::pop_front);
+        fence.check().await?;
+        if !self.running.lock().unwrap().insert(owed.project) {
+            self.overlapped.store(true, Ordering::SeqCst);
+        }
+        let _ends = Ends(self, owed.project);
+        self.log.lock().unwrap().push(TaskId::new(format!("history-of-{}", owed.task)).unwrap());
+        let state = self.project(owed.project).await;
+        if !state.active {
+            return Ok(None);
+        }
+        script.unwrap_or(Script::Succeed).play(stop).await?;
+        Ok(Some(TaskResult { history: Some("attached".to_owned()), ..TaskResult::default() }))
     }
 
     async fn forget(&self, project: ProjectId) -> Result<(), Failure> {
         self.projects.lock().unwrap().remove(&project);
         Ok(())
+    }
+}
+
+impl Script {
+    /// Does as it says.
+    async fn play(self, stop: &CancellationToken) -> Result<(), Failure> {
+        let stopped = || Failure::internal("stopped");
+        match self {
+            Self::Succeed | Self::TreeFirst => Ok(()),
+            Self::Fail(class) => Err(Failure::new(class, format!("told to fail with {class}"))),
+            Self::Take(time) => tokio::select! {
+                () = tokio::time::sleep(time) => Ok(()),
+                () = stop.cancelled() => Err(stopped()),
+            },
+            Self::UntilStopped => {
+                stop.cancelled().await;
+                Err(stopped())
+            }
+            Self::Panic => panic!("told to panic"),
+            Self::Stuck => std::future::pending().await,
+            Self::IgnoreStop(time) => {
+                tokio::time::sleep(time).await;
+                Ok(())
+            }
+        }
     }
 }
 
@@ -308,6 +346,12 @@ impl Pipeline {
     pub fn script(&self, id: &str, scripts: impl IntoIterator<Item = Script>) {
         let id = TaskId::new(id).unwrap();
         self.executor.scripts.lock().unwrap().entry(id).or_default().extend(scripts);
+    }
+
+    /// Says what attaching the history of a task does.
+    pub fn script_history(&self, id: &str, scripts: impl IntoIterator<Item = Script>) {
+        let id = TaskId::new(id).unwrap();
+        self.executor.histories.lock().unwrap().entry(id).or_default().extend(scripts);
     }
 
     /// A task as a message.

@@ -27,6 +27,26 @@ pub(super) struct Group {
     longest_line: usize,
 }
 
+/// A group that stands still until this is dropped; its leader must not have been waited for by then.
+pub(super) struct Held(Option<Pid>);
+
+impl Held {
+    pub(super) fn new(pid: Option<Pid>) -> Self {
+        if let Some(pid) = pid {
+            let _ = kill_process_group(pid, Signal::STOP);
+        }
+        Self(pid)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0 {
+            let _ = kill_process_group(pid, Signal::CONT);
+        }
+    }
+}
+
 /// How a child ended.
 pub(super) struct Ended {
     /// In words.
@@ -50,6 +70,11 @@ impl Group {
         let stdout = BufReader::new(child.stdout.take().ok_or_else(missing)?);
         let stderr = tokio::spawn(tail(child.stderr.take().ok_or_else(missing)?));
         Ok(Self { child, pid: Some(pid), watch, stdin, stdout, stderr, longest_line })
+    }
+
+    /// Its number, for [`Held`].
+    pub(super) fn id(&self) -> Option<Pid> {
+        self.pid
     }
 
     /// Sends it a line.

@@ -13,8 +13,12 @@ use serde_json::Value;
 
 use crate::{
     failure::Failure,
-    git::{Run, child, transfer},
-    protocol::Progress,
+    git::{
+        Run, child,
+        hosts::{Hosts, Pass},
+        transfer::{self, Heard},
+    },
+    protocol::{GitUrl, Progress},
 };
 
 /// The right to write into one mirror; whoever writes holds it, whoever only lists and reads does not need it.
@@ -60,42 +64,131 @@ impl Flight {
     /// # Errors
     /// When a bound of `run` is passed first.
     pub(super) async fn turn(&self, run: &Run<'_>) -> Result<(Turn, bool), Failure> {
-        if let Ok(turn) = Arc::clone(&self.turn).try_lock_owned() {
-            return Ok((turn, false));
+        match self.at_once() {
+            Some(turn) => Ok((turn, false)),
+            None => Ok((self.wait(run).await?, true)),
         }
+    }
+
+    /// The right to write, if nobody has it.
+    fn at_once(&self) -> Option<Turn> {
+        Arc::clone(&self.turn).try_lock_owned().ok()
+    }
+
+    async fn wait(&self, run: &Run<'_>) -> Result<Turn, Failure> {
         let waiting = self.waiting.fetch_add(1, Ordering::Relaxed) + 1;
         let _counted = Waiting(&self.waiting);
         tracing::debug!(mirror.waiting = waiting, "a fetch waits for another one into the same mirror");
         (run.progress)(Progress { phase: "waiting".to_owned(), ..Progress::default() });
-        let turn = child::within(run, None, Arc::clone(&self.turn).lock_owned()).await?;
-        Ok((turn, true))
+        child::within(run, None, Arc::clone(&self.turn).lock_owned()).await
+    }
+}
+
+/// The place of one transfer at its host; others have it while the transfer waits for its turn.
+#[derive(Clone)]
+pub(super) struct Seat {
+    hosts: Arc<Hosts>,
+    url: GitUrl,
+    pass: Arc<Mutex<Option<Pass>>>,
+}
+
+impl Seat {
+    /// Takes one.
+    ///
+    /// # Errors
+    /// Where the host is left alone or busy, or a bound of `run` is passed.
+    pub(super) async fn take(hosts: Arc<Hosts>, url: GitUrl, run: &Run<'_>) -> Result<Self, Failure> {
+        let seat = Self { hosts, url, pass: Arc::default() };
+        seat.again(run).await?;
+        Ok(seat)
+    }
+
+    /// Notes from a transfer's progress that the host has answered.
+    pub(super) fn watch(&self, progress: &Progress) {
+        if let Some(pass) = self.pass.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            pass.watch(progress);
+        }
+    }
+
+    /// Gives it up for a while: the host has answered.
+    fn leave(&self) {
+        if let Some(pass) = self.left() {
+            let _ = pass.settle(Ok(()));
+        }
+    }
+
+    /// Takes it again, if it was given up.
+    async fn again(&self, run: &Run<'_>) -> Result<(), Failure> {
+        if self.pass.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+            let pass = self.hosts.enter(&self.url, run).await?;
+            *self.pass.lock().unwrap_or_else(PoisonError::into_inner) = Some(pass);
+        }
+        Ok(())
+    }
+
+    /// Gives it back with what became of the transfer.
+    ///
+    /// # Errors
+    /// That of the transfer.
+    pub(super) fn settle<T>(&self, result: Result<T, Failure>) -> Result<T, Failure> {
+        match self.left() {
+            Some(pass) => pass.settle(result),
+            None => result,
+        }
+    }
+
+    fn left(&self) -> Option<Pass> {
+        self.pass.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
 /// Answers the questions of one transfer child, and holds what it was given until the child has ended.
 pub(super) struct Desk<'a> {
     flight: Arc<Flight>,
+    seat: Seat,
+    heard: Option<&'a (dyn Fn(Heard) + Send + Sync)>,
     run: &'a Run<'a>,
     held: Arc<Mutex<Option<Turn>>>,
 }
 
 impl<'a> Desk<'a> {
-    pub(super) fn new(flight: Arc<Flight>, run: &'a Run<'a>) -> Self {
-        Self { flight, run, held: Arc::default() }
+    pub(super) fn new(
+        flight: Arc<Flight>,
+        seat: &Seat,
+        heard: Option<&'a (dyn Fn(Heard) + Send + Sync)>,
+        run: &'a Run<'a>,
+    ) -> Self {
+        Self { flight, seat: seat.clone(), heard, run, held: Arc::default() }
     }
 
     /// Answers one question.
     pub(super) fn answer(&self, question: Value) -> BoxFuture<'a, Result<Value, Failure>> {
-        let (flight, run, held) = (Arc::clone(&self.flight), self.run, Arc::clone(&self.held));
+        let (flight, seat, held) = (Arc::clone(&self.flight), self.seat.clone(), Arc::clone(&self.held));
+        let (heard, run) = (self.heard, self.run);
         Box::pin(async move {
             let wrong = |error: serde_json::Error| Failure::internal(format!("a transfer child asked: {error}"));
             let waited = match serde_json::from_value(question).map_err(wrong)? {
                 // A second engine goes on where the first one failed.
                 transfer::Question::Turn if held.lock().unwrap_or_else(PoisonError::into_inner).is_some() => false,
                 transfer::Question::Turn => {
-                    let (turn, waited) = flight.turn(run).await?;
+                    let (turn, waited) = if let Some(turn) = flight.at_once() {
+                        (turn, false)
+                    } else {
+                        seat.leave();
+                        (flight.wait(run).await?, true)
+                    };
                     *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(turn);
                     waited
+                }
+                transfer::Question::Place => {
+                    seat.again(run).await?;
+                    return Ok(Value::Null);
+                }
+                transfer::Question::Heard(what) => {
+                    if let Some(heard) = heard {
+                        heard(what);
+                    }
+                    return Ok(Value::Null);
                 }
             };
             serde_json::to_value(transfer::Granted { waited }).map_err(wrong)

@@ -112,7 +112,7 @@ impl Mirrors {
         let beside = format!("{key}.git.new-{:032x}", rand::random::<u128>());
         let path = self.directory.join(&beside);
         let request = transfer::Request { mirror: path.clone(), want: Want::All, ..request.clone() };
-        let fetched = match self.transfer(&beside, &request, run).await.0 {
+        let fetched = match self.transfer(&beside, &request, None, run).await.0 {
             Ok(transfer::Landed::Brought(_)) => Ok(()),
             Ok(transfer::Landed::Damaged { damaged }) => Err(Failure::new(ErrorClass::Corrupt, damaged)),
             Err(failure) => Err(failure),

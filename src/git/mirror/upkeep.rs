@@ -12,7 +12,7 @@ use std::{
     os::unix::fs::DirBuilderExt,
     path::Path,
     sync::{Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use super::{Mirrors, lock, repack};
@@ -20,6 +20,8 @@ use crate::{failure::Failure, git::transfer};
 
 /// How long a mirror that no project is bound to stays: a clone that is tried again finds what was fetched before.
 const UNUSED: Duration = Duration::from_hours(24);
+/// How long is waited for a fetch that was stopped.
+const AHEAD: Duration = Duration::from_secs(5);
 
 /// What is done for the mirrors beside the tasks: one at a time.
 #[derive(Debug, Default)]
@@ -42,17 +44,20 @@ impl Mirrors {
     ///
     /// # Errors
     /// When it cannot be removed; the next start goes on.
-    pub(crate) async fn remove(
-        &self,
-        key: &str,
-        wanted: impl FnOnce() -> bool + Send + 'static,
-    ) -> Result<(), Failure> {
+    pub(crate) async fn remove(&self, key: &str, wanted: impl Fn() -> bool + Send + 'static) -> Result<(), Failure> {
         if self.settings.keep_mirrors {
             return Ok(());
         }
+        // What went on for the history of what is being removed ends as soon as its child does.
+        let patience = if !wanted() && self.stop_ahead(key) { AHEAD } else { Duration::ZERO };
         let (directory, key) = (self.directory.clone(), key.to_owned());
         let removed = tokio::task::spawn_blocking(move || {
-            match lock::exclusive(&directory.join(format!("{key}.lock")))? {
+            let (place, begun) = (directory.join(format!("{key}.lock")), Instant::now());
+            let mut lock = lock::exclusive(&place)?;
+            while lock.is_none() && begun.elapsed() < patience && place.exists() {
+                lock = lock::exclusive(&place)?;
+            }
+            match lock {
                 Some(lock) if !wanted() => remove(&directory, &key, lock)?,
                 _ => return Ok(()),
             }

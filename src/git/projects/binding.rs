@@ -104,6 +104,12 @@ pub(crate) struct Binding {
     /// Whether only the wanted branch was fetched.
     #[serde(default)]
     pub(crate) single_branch: bool,
+    /// The number of the task that made the directory; a later one means that it was cloned anew.
+    #[serde(default)]
+    pub(crate) placed: u64,
+    /// The commits at which the history of a clone ends whose tree came first, until the rest is attached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) history: Option<Vec<String>>,
     /// The very directory: another one under the same name is not the project.
     pub(crate) directory: Identity,
     /// When its upstream was last listed.
@@ -168,6 +174,8 @@ mod tests {
             owner: Some(Owner { uid: 1000, gid: 100 }),
             follows: Follows::Branch("main".to_owned()),
             single_branch: false,
+            placed: 1,
+            history: Some(vec!["1".repeat(40)]),
             directory: Identity { device: u64::MAX, inode: 3, born: Some(5) },
             last_fetch: None,
             applied: Applied::default(),

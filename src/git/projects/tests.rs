@@ -25,6 +25,8 @@ fn binding(project: ProjectId, name: &str) -> Binding {
         follows: Follows::Branch("main".to_owned()),
         owner: None,
         single_branch: false,
+        placed: 0,
+        history: None,
         directory: Identity::default(),
         last_fetch: None,
         applied: Applied::default(),

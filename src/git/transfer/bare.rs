@@ -115,6 +115,26 @@ impl Bare {
         &self.path
     }
 
+    /// Makes an empty one in the directory `path`, in place of whatever another engine left there.
+    pub(super) fn anew(path: &Path) -> Result<Self, Failure> {
+        for gone in [fs::remove_dir_all(path.join("objects")), fs::remove_file(path.join("shallow"))] {
+            match gone {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+        }
+        Self::create(path)
+    }
+
+    /// The commits at which its history ends; none for a mirror.
+    pub(super) fn shallow(&self) -> Result<Vec<String>, Failure> {
+        match fs::read_to_string(self.path.join("shallow")) {
+            Ok(text) => Ok(text.lines().map(str::to_owned).collect()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Looks again, after a pack arrived.
     pub(super) fn refresh(&mut self) -> Result<(), Failure> {
         self.repository = open(&self.path)?;

@@ -19,6 +19,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{Read, Write},
+    num::NonZeroU32,
     path::{Path, PathBuf},
     process::{ChildStdout, Stdio},
     sync::atomic::Ordering,
@@ -85,7 +86,7 @@ impl<'a> GitCommand<'a> {
     }
 
     /// Brings `wants` into the repository `git_dir`.
-    fn fetch(&self, git_dir: &Path, wants: &BTreeSet<String>, depth: Option<u32>) -> Result<Received, Failure> {
+    fn fetch(&self, git_dir: &Path, wants: &BTreeSet<String>, depth: Option<NonZeroU32>) -> Result<Received, Failure> {
         let packs = git_dir.join("objects/pack");
         let before = names(&packs)?;
         let mut command = self.program.command("fetch", git_dir);
@@ -166,8 +167,13 @@ impl Transport for GitCommand<'_> {
         gitoxide::listing(refs(&text)?)
     }
 
-    fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure> {
-        self.fetch(mirror.repository.git_dir(), wants, None)
+    fn receive(
+        &mut self,
+        mirror: &Bare,
+        wants: &BTreeSet<String>,
+        depth: Option<NonZeroU32>,
+    ) -> Result<Received, Failure> {
+        self.fetch(mirror.repository.git_dir(), wants, depth)
     }
 }
 

@@ -1,6 +1,8 @@
 //! The transport whose engine is gitoxide, over any of its own ways to carry the protocol.
 
-use std::{collections::BTreeSet, fs::File, io::ErrorKind, os::unix::fs::FileExt, sync::atomic::AtomicBool};
+use std::{
+    collections::BTreeSet, fs::File, io::ErrorKind, num::NonZeroU32, os::unix::fs::FileExt, sync::atomic::AtomicBool,
+};
 
 use gix::{
     bstr::ByteSlice,
@@ -149,10 +151,15 @@ impl<C: Carrier> Transport for Gitoxide<'_, C> {
         listing(refs)
     }
 
-    fn receive(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Received, Failure> {
+    fn receive(
+        &mut self,
+        mirror: &Bare,
+        wants: &BTreeSet<String>,
+        depth: Option<NonZeroU32>,
+    ) -> Result<Received, Failure> {
         self.bounds.budget.grant(self.bounds.max_bytes);
         let before = self.meter.pack_bytes();
-        let objects = self.fetch(mirror, wants).map_err(|error| self.judge(&error, Stage::Receiving))?;
+        let objects = self.fetch(mirror, wants, depth).map_err(|error| self.judge(&error, Stage::Receiving))?;
         Ok(Received { objects, bytes: self.meter.pack_bytes() - before })
     }
 
@@ -189,12 +196,16 @@ impl<C: Carrier> Gitoxide<'_, C> {
     }
 
     /// Fetches `wants` into `mirror` and returns how many objects came.
-    fn fetch(&mut self, mirror: &Bare, wants: &BTreeSet<String>) -> gix::Result<u64> {
+    fn fetch(&mut self, mirror: &Bare, wants: &BTreeSet<String>, depth: Option<NonZeroU32>) -> gix::Result<u64> {
         let repository = &mirror.repository;
         if self.handshake.is_none() {
             self.handshake = Some(self.shake_hands()?);
         }
         let Some(handshake) = self.handshake.as_mut() else { return Ok(0) };
+        let shallow = depth.map_or(Shallow::NoChange, Shallow::DepthAtRemote);
+        // Of one branch, or of a history that is cut, it is not known beforehand which tags point into it.
+        let include =
+            handshake.server_protocol_version == Protocol::V2 || handshake.capabilities.contains("include-tag");
         let mut known = repository.clone();
         known.objects.refresh_never();
         let mut negotiate = Negotiation {
@@ -202,6 +213,7 @@ impl<C: Carrier> Gitoxide<'_, C> {
             graph: known.revision_graph(None),
             negotiator: Algorithm::Consecutive.into_negotiator(),
             wanted: wanted(wants),
+            shallow: shallow.clone(),
         };
         let mut objects = 0;
         let directory = repository.objects.store_ref().path().join("pack");
@@ -210,8 +222,8 @@ impl<C: Carrier> Gitoxide<'_, C> {
             Context { handshake, transport: &mut self.carrier, user_agent: agent(), trace_packetlines: false };
         let options = Options {
             shallow_file: repository.shallow_file()?,
-            shallow: &Shallow::NoChange,
-            tags: Tags::None,
+            shallow: &shallow,
+            tags: if include { Tags::Included } else { Tags::None },
             reject_shallow_remote: true,
         };
         // Without a pack there is nothing that a delta could lean on outside of its own, and what comes is written as it
@@ -295,6 +307,7 @@ struct Negotiation<'a> {
     graph: gix::negotiate::Graph<'a, 'a>,
     negotiator: Box<dyn gix::negotiate::Negotiator>,
     wanted: RefMap,
+    shallow: Shallow,
 }
 
 impl Negotiate for Negotiation<'_> {
@@ -306,13 +319,13 @@ impl Negotiate for Negotiation<'_> {
             self.negotiator.as_mut(),
             &mut self.graph,
             &self.wanted,
-            &Shallow::NoChange,
+            &self.shallow,
             |_| false,
         )
     }
 
     fn add_wants(&mut self, arguments: &mut Arguments, known: &[bool]) -> bool {
-        negotiate::add_wants(&self.repository.objects, arguments, &self.wanted, known, &Shallow::NoChange, |_| false)
+        negotiate::add_wants(&self.repository.objects, arguments, &self.wanted, known, &self.shallow, |_| false)
     }
 
     fn one_round(

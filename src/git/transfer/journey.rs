@@ -128,7 +128,7 @@ impl Packs<'_, '_> {
                     }
                 }
             });
-            let received = transport.receive(bare, wants);
+            let received = transport.receive(bare, wants, None);
             drop(over);
             received
         });

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, ffi::OsStr, os::unix::ffi::OsStrExt};
 use git2::{Oid, Repository, RepositoryState, StatusOptions};
 use serde::{Deserialize, Serialize};
 
-use super::open::{fault, open};
+use super::{
+    guard::altered,
+    open::{fault, open},
+};
 use crate::{
     failure::Failure,
     git::{child::Reporter, projects::Dir},
@@ -13,6 +16,8 @@ use crate::{
 
 /// The most refs that are reported.
 const MOST_REFS: usize = 4000;
+/// The most ends of its history that a project may have: they must fit one line together with the refs.
+const MOST_BOUNDARY: u64 = 2000;
 /// Files longer than this are not read only to find that they changed, in bytes.
 const LONG: u64 = 64 << 20;
 
@@ -38,6 +43,9 @@ pub(crate) struct Looked {
     pub(crate) refs: BTreeMap<String, String>,
     /// Whether there were more.
     pub(crate) capped: bool,
+    /// The commits at which its history ends; none where it is whole.
+    #[serde(default)]
+    pub(crate) shallow: Vec<String>,
     /// Commits that the upstream branch lacks.
     pub(crate) ahead: Option<u64>,
     /// Commits that the project lacks.
@@ -64,6 +72,7 @@ pub(super) fn run(directory: &Dir, order: &Look, reporter: &Reporter) -> Result<
         ..Looked::default()
     };
     if order.refs {
+        looked.shallow = boundary(directory)?;
         for pattern in ["refs/remotes/origin/*", "refs/tags/*"] {
             refs(&repo, pattern, &mut looked).map_err(|error| fault("its refs cannot be read", &error))?;
         }
@@ -81,6 +90,25 @@ pub(super) fn run(directory: &Dir, order: &Look, reporter: &Reporter) -> Result<
         }
     }
     Ok(looked)
+}
+
+/// The commits at which the history of the project in `directory` ends.
+///
+/// # Errors
+/// `conflict` where that is no list of commits, or too long a one.
+pub(super) fn boundary(directory: &Dir) -> Result<Vec<String>, Failure> {
+    let text = directory.child(".git").and_then(|git| git.read("shallow", MOST_BOUNDARY * 64));
+    let text = text.map_err(|error| altered(format!(".git/shallow: {error}")))?.unwrap_or_default();
+    let mut boundary = Vec::new();
+    for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+        let oid = std::str::from_utf8(line).ok().filter(|oid| oid.len() == 40 && Oid::from_str(oid).is_ok());
+        boundary.push(oid.ok_or_else(|| altered(".git/shallow is no list of commits"))?.to_owned());
+    }
+    if boundary.len() as u64 > MOST_BOUNDARY {
+        let message = format!("the project's history ends at more than {MOST_BOUNDARY} commits; unshallow it");
+        return Err(Failure::conflict(message));
+    }
+    Ok(boundary)
 }
 
 /// Where HEAD of `repo` is.

@@ -46,6 +46,8 @@ pub(crate) struct Make {
     pub(crate) object: Option<String>,
     /// Whether other branches are left out.
     pub(crate) single_branch: bool,
+    /// The commits at which the history ends that is there; none where it is whole.
+    pub(crate) shallow: Vec<String>,
     /// How large the tree may be.
     pub(crate) budget: Budget,
     /// How many bytes of the disk are to stay free.
@@ -67,6 +69,9 @@ pub(super) fn run(directory: &Dir, order: &Make, reporter: &Reporter) -> Result<
     let git = root.join(".git");
     let config = skeleton::config(&order.url, &order.follows, order.single_branch);
     skeleton::lay_out(&git, &config, "")?;
+    if !order.shallow.is_empty() {
+        std::fs::write(git.join("shallow"), skeleton::shallow(&order.shallow))?;
+    }
     let repo = gix::open_opts(&git, gix::open::Options::isolated().with(gix::sec::Trust::Full))
         .map_err(|error| Failure::internal(format!("a new project cannot be opened: {error}")))?;
     let mut made = Made { head: None, files: 0 };

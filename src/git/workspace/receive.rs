@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     io::{self, Read, Write},
-    sync::mpsc::{RecvTimeoutError, sync_channel},
+    sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
     time::Duration,
 };
 
@@ -42,29 +42,8 @@ pub(super) fn receive(
     reserve: u64,
     reporter: &Reporter,
 ) -> Result<(), Failure> {
-    let mut pipe = inherited(number)?;
-    let (sender, chunks) = sync_channel::<std::io::Result<Vec<u8>>>(4);
-    std::thread::spawn(move || {
-        loop {
-            let mut chunk = vec![0; CHUNK];
-            let read = pipe.read(&mut chunk);
-            let last = !matches!(read, Ok(1..));
-            let sent = sender.send(read.map(|count| {
-                chunk.truncate(count);
-                chunk
-            }));
-            if last || sent.is_err() {
-                return;
-            }
-        }
-    });
-    let next = || loop {
-        match chunks.recv_timeout(QUIET) {
-            Ok(chunk) => return chunk.map_err(Failure::from),
-            Err(RecvTimeoutError::Timeout) => reporter.step(),
-            Err(RecvTimeoutError::Disconnected) => return Ok(Vec::new()),
-        }
-    };
+    let mut chunks = Chunks::new(number, reporter)?;
+    let mut next = || chunks.next().map_err(Failure::from);
     let mut head = Vec::new();
     while head.len() < 12 {
         let chunk = next()?;
@@ -125,6 +104,59 @@ pub(super) fn receive(
         })?;
     }
     odb.refresh().map_err(|error| fault("its objects cannot be read", &error))
+}
+
+/// What comes through a descriptor, piece by piece; the agent is told when it is not our fault that nothing comes.
+pub(super) struct Chunks<'a> {
+    pieces: Receiver<std::io::Result<Vec<u8>>>,
+    reporter: &'a Reporter,
+    /// What was taken and not read yet.
+    left: std::io::Cursor<Vec<u8>>,
+}
+
+impl<'a> Chunks<'a> {
+    /// Reads from descriptor `number`.
+    pub(super) fn new(number: i32, reporter: &'a Reporter) -> Result<Self, Failure> {
+        let mut pipe = inherited(number)?;
+        let (sender, pieces) = sync_channel::<std::io::Result<Vec<u8>>>(4);
+        std::thread::spawn(move || {
+            loop {
+                let mut chunk = vec![0; CHUNK];
+                let read = pipe.read(&mut chunk);
+                let last = !matches!(read, Ok(1..));
+                let sent = sender.send(read.map(|count| {
+                    chunk.truncate(count);
+                    chunk
+                }));
+                if last || sent.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { pieces, reporter, left: std::io::Cursor::default() })
+    }
+
+    /// The next piece; an empty one at the end.
+    fn next(&mut self) -> std::io::Result<Vec<u8>> {
+        loop {
+            match self.pieces.recv_timeout(QUIET) {
+                Ok(chunk) => return chunk,
+                Err(RecvTimeoutError::Timeout) => self.reporter.step(),
+                Err(RecvTimeoutError::Disconnected) => return Ok(Vec::new()),
+            }
+        }
+    }
+}
+
+impl Read for Chunks<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.left.read(into)?;
+        if count > 0 || into.is_empty() {
+            return Ok(count);
+        }
+        self.left = std::io::Cursor::new(self.next()?);
+        self.left.read(into)
+    }
 }
 
 fn cut() -> Failure {

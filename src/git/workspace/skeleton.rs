@@ -94,6 +94,14 @@ pub(super) fn packed(refs: &BTreeMap<String, String>, peeled: &BTreeMap<String, 
     text
 }
 
+/// The file that says where the history ends, as git writes it.
+pub(super) fn shallow(boundary: &[String]) -> String {
+    boundary.iter().fold(String::new(), |mut text, oid| {
+        let _ = writeln!(text, "{oid}");
+        text
+    })
+}
+
 /// Lets `origin/HEAD` point to the upstream's default branch.
 pub(super) fn write_origin_head(git: &Path, branch: &str) -> io::Result<()> {
     fs::create_dir_all(git.join("refs/remotes/origin"))?;

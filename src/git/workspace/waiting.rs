@@ -25,6 +25,8 @@ use crate::{failure::Failure, git::projects::Dir};
 const PREFIX: &[u8] = b"haul-waiting-";
 /// The new index in it; while the lock of the index is ours, both are one file.
 pub(super) const INDEX: &str = "index";
+/// The lock of the list of where a history ends, in it and beside it in the same way.
+const SHALLOW: &str = "shallow";
 /// The list of refs in it that are about to be written: `<id> <name>` a line.
 const REFS: &str = "refs";
 /// The longest such list, in bytes; it only guards against a mistake.
@@ -79,17 +81,8 @@ impl Waiting {
     /// `conflict` where somebody else holds the lock or, as `unchanged` tells, changed the index meanwhile.
     pub(super) fn put_index(&self, unchanged: impl FnOnce(&Dir) -> io::Result<bool>) -> Result<(), Failure> {
         let lock = "index.lock";
-        let taken = match linkat(&self.dir, INDEX, &self.git, lock, AtFlags::empty()) {
-            // Where no file may have two names, a lock that a kill leaves is not known as ours.
-            Err(Errno::PERM | Errno::OPNOTSUPP | Errno::MLINK) => {
-                renameat_with(&self.dir, INDEX, &self.git, lock, RenameFlags::NOREPLACE)
-            }
-            other => other,
-        };
-        match taken {
-            Ok(()) => {}
-            Err(Errno::EXIST) => return Err(locked()),
-            Err(error) => return Err(among(error.into())),
+        if !self.take(INDEX, lock)? {
+            return Err(locked());
         }
         let put = if unchanged(&self.git).map_err(among)? {
             renameat(&self.git, lock, &self.git, INDEX).map_err(|error| {
@@ -103,6 +96,51 @@ impl Waiting {
         // The index in its place has one name only from here on.
         let _ = unlinkat(&self.dir, INDEX, AtFlags::empty());
         put
+    }
+}
+
+impl Waiting {
+    /// Lets the file `name` in here be `lock` beside it as well, as git takes its locks; false where somebody has it.
+    fn take(&self, name: &str, lock: &str) -> Result<bool, Failure> {
+        let taken = match linkat(&self.dir, name, &self.git, lock, AtFlags::empty()) {
+            // Where no file may have two names, a lock that a kill leaves is not known as ours.
+            Err(Errno::PERM | Errno::OPNOTSUPP | Errno::MLINK) => {
+                renameat_with(&self.dir, name, &self.git, lock, RenameFlags::NOREPLACE)
+            }
+            other => other,
+        };
+        match taken {
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) => Ok(false),
+            Err(error) => Err(among(error.into())),
+        }
+    }
+
+    /// Removes the list of where the history ends if it is `as_written`, under the lock that git takes for it; false
+    /// where it says something else.
+    ///
+    /// # Errors
+    /// Deferred where somebody else holds the lock.
+    pub(super) fn remove_shallow(&self, as_written: impl FnOnce() -> Result<bool, Failure>) -> Result<bool, Failure> {
+        let lock = "shallow.lock";
+        self.dir.open_file(SHALLOW, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o644).map_err(among)?;
+        if !self.take(SHALLOW, lock)? {
+            let message = "another git program is at work on the project's history (.git/shallow.lock is there)";
+            return Err(Failure::internal(message).deferred());
+        }
+        let removed = as_written().and_then(|ours| {
+            if ours {
+                match unlinkat(&self.git, SHALLOW, AtFlags::empty()) {
+                    Ok(()) => self.git.sync()?,
+                    Err(Errno::NOENT) => {}
+                    Err(error) => return Err(among(error.into())),
+                }
+            }
+            Ok(ours)
+        });
+        let _ = unlinkat(&self.git, lock, AtFlags::empty());
+        let _ = unlinkat(&self.dir, SHALLOW, AtFlags::empty());
+        removed
     }
 }
 
@@ -128,7 +166,8 @@ pub(super) fn sweep(repo: &Repository) -> Result<(), Failure> {
     for (name, kind) in git.entries().map_err(among)? {
         if is_ours(&name) && kind == rustix::fs::FileType::Directory {
             let left = git.child(&name).map_err(among)?;
-            release_index(&git, &left)?;
+            release(&git, &left, INDEX)?;
+            release(&git, &left, SHALLOW)?;
             release_refs(&git, &left)?;
             fs::remove_dir_all(repo.path().join(Path::new(&name))).map_err(among)?;
         }
@@ -136,13 +175,14 @@ pub(super) fn sweep(repo: &Repository) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Removes the lock of the index if it is the very file that waits in `left`.
-fn release_index(git: &Dir, left: &Dir) -> Result<(), Failure> {
-    let look = |dir: &Dir, name| dir.look(name).map_err(among);
-    if let (Some(ours), Some(lock)) = (look(left, INDEX)?, look(git, "index.lock")?)
-        && (ours.st_dev, ours.st_ino) == (lock.st_dev, lock.st_ino)
+/// Removes the lock of `name` if it is the very file that waits in `left`.
+fn release(git: &Dir, left: &Dir, name: &str) -> Result<(), Failure> {
+    let lock = format!("{name}.lock");
+    let stat = |dir: &Dir, name: &str| dir.look(name).map_err(among);
+    if let (Some(ours), Some(held)) = (stat(left, name)?, stat(git, &lock)?)
+        && (ours.st_dev, ours.st_ino) == (held.st_dev, held.st_ino)
     {
-        unlinkat(git, "index.lock", AtFlags::empty()).map_err(|error| among(error.into()))?;
+        unlinkat(git, &lock, AtFlags::empty()).map_err(|error| among(error.into()))?;
     }
     Ok(())
 }

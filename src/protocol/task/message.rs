@@ -166,7 +166,8 @@ fn work(message: TaskMessage) -> Result<Work, Failure> {
             target: target.ok_or_else(|| missing("target_path"))?,
             credential,
             depth: message.depth,
-            single_branch: message.single_branch.unwrap_or(false),
+            // As git does: a clone of some depth has one branch, unless it asks for all.
+            single_branch: message.single_branch.unwrap_or(message.depth.is_some()),
             submodules: message.submodules.unwrap_or(false),
             lfs: message.lfs.unwrap_or(false),
             owner,

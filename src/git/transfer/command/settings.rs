@@ -173,6 +173,8 @@ mod tests {
             url: String::new(),
             mirror: "/nowhere".into(),
             want: crate::git::mirror::Want::All,
+            apart: None,
+            tell: false,
             credential: None,
             policy: Policy::from(settings),
             ca_file: settings.ca_file.clone(),
