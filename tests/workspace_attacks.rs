@@ -4,6 +4,11 @@
 //! All of it runs three times: as whoever runs the tests, as a user without privileges, since root passes every mode bit,
 //! and with an owner without privileges for whom the agent works.
 
+#![allow(
+    clippy::pedantic,
+    clippy::print_stdout,
+    reason = "tables, which are read more than they are run, and what they print"
+)]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "workspace_attacks/altered.rs"]

@@ -112,11 +112,11 @@ impl Scene {
         let upstream = githttp::Upstream::new();
         let (first, second) = (commit(&upstream.path(), FIRST), commit(&upstream.path(), SECOND));
         let server = githttp::Server::start(upstream.root());
-        let tracer = traced.then(|| Tracer::new(&dir.path().join("traces"), &program()));
-        let program = tracer.as_ref().map_or_else(program, |tracer| tracer.program());
+        let traces = traced.then(|| Tracer::new(&dir.path().join("traces"), &program()));
+        let program = traces.as_ref().map_or_else(program, super::trace::Tracer::program);
         let executor = open(&dir.path().join("storage"), program).await;
         let numbers = AtomicI64::new(1);
-        let scene = Self { dir, upstream, server, tracer, executor, first, second, numbers };
+        let scene = Self { dir, upstream, server, tracer: traces, executor, first, second, numbers };
         scene.furnish();
         give(&scene.outside());
         scene
@@ -242,7 +242,7 @@ pub(crate) async fn execute(executor: &GitExecutor, job: &Job) -> Result<TaskRes
         progress: &|_| (),
         fence: &Always,
     };
-    tokio::time::timeout(Duration::from_secs(60), executor.execute(job, &run)).await.expect("an end, whatever it met")
+    tokio::time::timeout(Duration::from_mins(1), executor.execute(job, &run)).await.expect("an end, whatever it met")
 }
 
 /// Commits exactly `files` on top of `main` of a bare repository.

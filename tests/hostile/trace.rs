@@ -105,12 +105,16 @@ impl Trace {
                 // The one that was handed to it comes first; one that ends before it was told has touched nothing.
                 let handed = self.bases.iter().find(|path| path.starts_with(storage));
                 let root = handed.cloned().unwrap_or_else(|| "/nonexistent".into());
-                assert!(root.starts_with(storage.join("projects")) || handed.is_none(), "{what}: handed {root:?}");
+                assert!(
+                    root.starts_with(storage.join("projects")) || handed.is_none(),
+                    "{what}: handed {}",
+                    root.display()
+                );
                 let outside = self.written.iter().find(|path| !beneath(path, &root));
-                assert!(outside.is_none(), "{what}: a workspace child in {root:?} wrote {outside:?}");
+                assert!(outside.is_none(), "{what}: a workspace child in {} wrote {outside:?}", root.display());
                 let system = |path: &PathBuf| SYSTEM.iter().any(|at| path.starts_with(at));
                 let outside = self.read.iter().find(|path| !beneath(path, &root) && !system(path));
-                assert!(outside.is_none(), "{what}: a workspace child in {root:?} read {outside:?}");
+                assert!(outside.is_none(), "{what}: a workspace child in {} read {outside:?}", root.display());
             }
             "pack" => {
                 assert!(self.sockets.is_empty(), "{what}: a pack child has {:?}", self.sockets);
@@ -157,12 +161,8 @@ pub(crate) fn parse(text: &str) -> Trace {
         match name {
             "execve" | "execveat" if first => {
                 first = false;
-                trace.role = arguments
-                    .split("\"child\", \"")
-                    .nth(1)
-                    .and_then(|rest| rest.split('"').next())
-                    .unwrap_or("")
-                    .to_owned();
+                let role = arguments.split("\"child\", \"").nth(1).and_then(|rest| rest.split('"').next());
+                role.unwrap_or("").clone_into(&mut trace.role);
             }
             // Attempts count, successful or not.
             "execve" | "execveat" | "ptrace" | "mount" | "umount2" | "pivot_root" | "chroot" | "process_vm_writev" => {

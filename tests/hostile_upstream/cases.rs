@@ -37,7 +37,8 @@ pub(crate) enum End {
 use ErrorClass::{Corrupt, Forbidden, Invalid, Network, NotFound, Quota};
 
 const FORBIDDEN: End = End::Refused(&[Forbidden]);
-const DAMAGED: End = End::Refused(&[Corrupt, Network]);
+/// One that announces more than there can be is too much before it is anything else.
+const DAMAGED: End = End::Refused(&[Corrupt, Network, Quota]);
 
 /// One hostile commit on top of the good one, and where the branch is.
 struct Case {

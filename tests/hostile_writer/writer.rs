@@ -86,9 +86,17 @@ impl Writer {
 
     /// Ends what runs beside.
     pub(crate) fn rest(&mut self) {
-        if let Some(mut gc) = self.gc.take() {
-            let _ = gc.wait();
+        let Some(mut gc) = self.gc.take() else { return };
+        // Git itself waits for ever for a pipe that was there for a moment.
+        for _ in 0..300 {
+            if gc.try_wait().is_ok_and(|ended| ended.is_some()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
+        let group = rustix::process::Pid::from_child(&gc);
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        let _ = gc.wait();
     }
 
     /// Repairs what the project needs to be one, as its user would.
@@ -96,8 +104,25 @@ impl Writer {
         let git_dir = self.project.join(".git");
         assert!(git_dir.is_dir() && !git_dir.is_symlink());
         fs::write(git_dir.join("config"), &self.config).unwrap();
-        for lock in ["index.lock", "HEAD.lock", "packed-refs.lock", "gc.pid.lock", "gc.pid"] {
+        for lock in [
+            "refs/heads/main.lock",
+            "refs/remotes/origin/main.lock",
+            "config.lock",
+            "shallow.lock",
+            "index.lock",
+            "HEAD.lock",
+            "packed-refs.lock",
+            "gc.pid.lock",
+            "gc.pid",
+        ] {
             let _ = fs::remove_file(git_dir.join(lock));
+        }
+        // A gc that was killed has taken the index away and left the pack, which nobody can read any more.
+        for entry in fs::read_dir(git_dir.join("objects/pack")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|kind| kind == "pack") && !path.with_extension("idx").exists() {
+                fs::remove_file(&path).unwrap();
+            }
         }
         // What prune took is fetched again; a ref of the writer's own may point to it.
         git(&self.project, &["fetch", "-q", "--refetch", url, "+refs/heads/main:refs/remotes/origin/main"]);
@@ -182,6 +207,7 @@ impl Writer {
             return;
         }
         let mut gc = command(&self.project);
+        std::os::unix::process::CommandExt::process_group(&mut gc, 0);
         gc.args(["-c", "gc.reflogExpire=now", "gc", "-q", "--prune=now"]);
         self.gc = gc.stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok();
     }
@@ -215,7 +241,7 @@ impl Writer {
         let names = [".git/config", ".git/HEAD", ".git/refs", "dir", "a.txt"];
         let path = self.project.join(names[self.chance.random_range(0..names.len())]);
         let Ok(stat) = path.symlink_metadata() else { return };
-        if stat.is_symlink() || fs::set_permissions(&path, fs::Permissions::from_mode(0)).is_err() {
+        if stat.is_symlink() || fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).is_err() {
             return;
         }
         self.pause(3000);

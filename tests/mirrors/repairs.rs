@@ -58,7 +58,7 @@ fn cut(path: &Path) {
 
 async fn cloned() -> (World, PathBuf) {
     let world = World::new().await;
-    let text: String = (0..3000).map(|line| format!("line {line}\n")).collect();
+    let text: String = (0..3000).flat_map(|line| ["line ".to_owned(), line.to_string(), "\n".to_owned()]).collect();
     world.commit(&[("a.txt", &text), ("dir/b.txt", "b\n")]);
     world.commit(&[("a.txt", &text.replace('5', "five")), ("dir/c.txt", "c\n")]);
     world.clone(1, "first", json!({})).await.unwrap();
@@ -92,10 +92,11 @@ async fn a_pull_from_a_damaged_mirror_brings_what_is_new_and_keeps_what_is_the_u
         let tip = world.commit(&[("new.txt", "n\n")]);
         // The mirror has it, the first project has not.
         world.pull(2, json!({})).await.unwrap();
-        for pack in packs(&mirror) {
-            if what.starts_with("flipped") { flip(&pack) } else { continue }
-        }
-        if !what.starts_with("flipped") {
+        if what.starts_with("flipped") {
+            for pack in packs(&mirror) {
+                flip(&pack);
+            }
+        } else {
             harm(&mirror);
         }
         write(&world.project("first"), "mine", "of the user");

@@ -115,10 +115,10 @@ fn long_history(tags: bool) -> Upstream {
         );
         let _ = write!(stream, "data {}\n{message}\n", message.len());
         if n > 1 {
-            let _ = write!(stream, "from :{}\n", n - 1);
+            let _ = writeln!(stream, "from :{}", n - 1);
         }
         if n > 20 && n % 40 == 0 {
-            let _ = write!(stream, "merge :{}\n", n - 15);
+            let _ = writeln!(stream, "merge :{}", n - 15);
         }
         let _ = write!(stream, "M 100644 inline {}/{n}.txt\ndata {}\n{text}\n", n % 10, text.len());
         if tags && n % 25 == 0 {

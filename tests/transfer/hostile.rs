@@ -305,13 +305,9 @@ async fn broken_lines_and_packs_end_with_a_class_and_hold_nothing_up() {
             asked => properly(asked, stream),
         });
         let failure = node.fetch(&server.url()).await.unwrap_err();
-        assert!(
-            matches!(
-                failure.class,
-                ErrorClass::Network | ErrorClass::Corrupt | ErrorClass::NotFound | ErrorClass::Quota
-            ),
-            "{at:?} {shown:?}: {failure}"
-        );
+        // What announces more than any memory holds is a matter of quota.
+        let expected = [ErrorClass::Network, ErrorClass::Corrupt, ErrorClass::NotFound, ErrorClass::Quota];
+        assert!(expected.contains(&failure.class), "{at:?} {shown:?}: {failure}");
         assert_shown_safely(&failure);
         assert!(!failure.unreachable, "{failure}");
     }

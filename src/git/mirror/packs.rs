@@ -52,7 +52,7 @@ pub(in crate::git) fn record(mirror: &Path) -> io::Result<()> {
 
 /// Writes down that these packs must be there.
 pub(super) fn record_these(mirror: &Path, names: &BTreeSet<String>) -> io::Result<()> {
-    let mut text: String = names.iter().map(|name| format!("P {name}.pack\n")).collect();
+    let mut text: String = names.iter().flat_map(|name| ["P ", name, ".pack\n"]).collect();
     text.push('\n');
     let path = manifest(mirror);
     if fs::read(&path).is_ok_and(|old| old == text.as_bytes()) {
@@ -152,12 +152,14 @@ mod tests {
         place
     }
 
+    type Harm<'a> = &'a dyn Fn(&Path);
+
     #[test]
     fn what_is_cut_swapped_or_gone_is_seen_from_outside() {
         let place = mirror();
         assert_eq!(damage(place.path()).unwrap(), None);
         let pack = directory(place.path()).join("pack-1.pack");
-        let cases: [(&str, &dyn Fn(&Path)); 6] = [
+        let cases: [(&str, Harm<'_>); 6] = [
             ("cut short", &|place| fs::write(directory(place).join("pack-1.idx"), "x").unwrap()),
             ("do not belong", &|place| {
                 fs::write(directory(place).join("pack-1.pack"), [&b"PACK\0\0\0\x02\0\0\0\x01"[..], &[7; 20]].concat())

@@ -235,7 +235,7 @@ fn repack(request: &Request, reporter: &Reporter) -> Result<Repacked, Failure> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Repacked::NoGit),
         other => other?,
     };
-    let (mut input, list) = (child.stdin.take(), names.iter().map(|name| format!("{name}.pack\n")).collect::<String>());
+    let (mut input, list) = (child.stdin.take(), names.iter().flat_map(|name| [name, ".pack\n"]).collect::<String>());
     // A program that reads nothing says why by its end.
     let _ = input.as_mut().map(|input| input.write_all(list.as_bytes()));
     drop(input);
@@ -266,7 +266,7 @@ fn repack(request: &Request, reporter: &Reporter) -> Result<Repacked, Failure> {
         // Out of one pack comes that same pack, which does not replace itself.
         replaces.retain(|name| path.file_stem().is_none_or(|stem| stem != name.as_str()));
     }
-    let replaces: String = replaces.iter().map(|name| format!("{name}\n")).collect();
+    let replaces: String = replaces.iter().flat_map(|name| [name, "\n"]).collect();
     let new = place.join("replaces.lock");
     let mut file = File::create(&new)?;
     file.write_all(replaces.as_bytes())?;

@@ -85,10 +85,9 @@ impl Mirrors {
 /// `replaced` is when the mirror was fetched anew last, if it ever was.
 fn decide(replaced: Option<SystemTime>, begun: SystemTime) -> Step {
     match replaced {
-        None => Step::Replace,
         Some(at) if at >= begun => Step::TryAgain,
         Some(at) if begun.duration_since(at).is_ok_and(|age| age < LATELY) => Step::GiveUp,
-        Some(_) => Step::Replace,
+        None | Some(_) => Step::Replace,
     }
 }
 

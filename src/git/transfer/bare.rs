@@ -39,6 +39,7 @@ pub(super) struct Bare {
 }
 
 /// What was found where a mirror should be.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, taken apart at once")]
 pub(super) enum Found {
     /// One that can be used.
     Whole(Bare),

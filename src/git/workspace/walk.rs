@@ -162,7 +162,7 @@ pub(in crate::git) fn check_name(name: &[u8], kind: EntryKind) -> Result<(), &'s
         return Err("has a byte of zero");
     }
     // On the file systems where this matters, it parts names as a slash does.
-    if name.contains(&b'\\') && name.split(|byte| *byte == b'\\').any(|part| is_dot_git(part)) {
+    if name.contains(&b'\\') && name.split(|byte| *byte == b'\\').any(is_dot_git) {
         return Err("is a disguise of .git");
     }
     let mode = matches!(kind, EntryKind::Link).then_some(component::Mode::Symlink);

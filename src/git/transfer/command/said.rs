@@ -113,7 +113,7 @@ impl Ear {
             heard.words.push_str(line.trim());
             heard.words.push('\n');
             if heard.words.len() > TAIL {
-                let cut = (heard.words.len() - TAIL..).find(|&at| heard.words.is_char_boundary(at)).unwrap_or(0);
+                let cut = heard.words.ceil_char_boundary(heard.words.len() - TAIL);
                 heard.words.drain(..cut);
             }
         }

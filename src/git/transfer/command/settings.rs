@@ -137,7 +137,7 @@ fn ssh_command(ssh: &Ssh, address: IpAddr) -> Result<String, Failure> {
     let options = ssh.options().iter().map(|option| option.to_str());
     for word in options.chain([Some("-o"), Some(hostname.as_str())]) {
         let word = word.ok_or_else(|| Failure::internal("an argument for ssh is not text"))?;
-        line.push_str(&format!(" '{}'", word.replace('\'', r"'\''")));
+        line.extend([" '", &word.replace('\'', r"'\''"), "'"]);
     }
     Ok(line)
 }
@@ -151,13 +151,14 @@ fn bracketed(address: IpAddr) -> String {
 
 /// Adds a section; a value is quoted whatever it holds.
 fn put(text: &mut String, section: &str, values: &[(&str, &str)]) -> Result<(), Failure> {
-    text.push_str(&format!("[{section}]\n"));
+    text.extend(["[", section, "]\n"]);
     for (name, value) in values {
         if value.contains(['\n', '\r', '\0']) {
             let message = format!("the value of {section}.{name} holds characters that cannot be given to git");
             return Err(Failure::new(ErrorClass::Auth, message));
         }
-        text.push_str(&format!("\t{name} = \"{}\"\n", value.replace('\\', "\\\\").replace('"', "\\\"")));
+        let quoted = value.replace('\\', "\\\\").replace('"', "\\\"");
+        text.extend(["\t", name, " = \"", &quoted, "\"\n"]);
     }
     Ok(())
 }

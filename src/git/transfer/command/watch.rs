@@ -75,7 +75,7 @@ pub(super) fn limiting_files<T>(most: u64, start: impl FnOnce() -> T) -> T {
     // What is started inherits the limit of this process, which takes it back: another's cannot be set from here.
     let now = getrlimit(Resource::Fsize);
     let most = now.current.map_or(most, |current| current.min(most));
-    let limited = setrlimit(Resource::Fsize, Rlimit { current: Some(most), ..now.clone() }).is_ok();
+    let limited = setrlimit(Resource::Fsize, Rlimit { current: Some(most), ..now }).is_ok();
     let started = start();
     if limited {
         let _ = setrlimit(Resource::Fsize, now);
