@@ -113,13 +113,16 @@ impl<'a> GitCommand<'a> {
             let _ = input.write_all(lines.as_bytes());
         }
         let watch = Watch { packs: &packs, before: &before, most: self.max_bytes, reserve: self.reserve, seen: &bytes };
-        let breach = watch.until_silent(&child, &listening);
+        if let Some(breach) = watch.until_silent(&child, &listening) {
+            // A helper of git's that goes on is not waited for: it ends with this process and its group.
+            sweep(&packs, &before)?;
+            return Err(breach);
+        }
         let (status, heard) = program::end(child, listening)?;
-        if breach.is_some() || !status.success() {
+        if !status.success() {
             // The kernel stopped what would have grown too large, and git does not say so.
             let too_large = sweep(&packs, &before)? >= self.max_bytes;
-            let judge = || if too_large { watch::too_large() } else { self.judge(&heard, "receive a pack from") };
-            return Err(breach.unwrap_or_else(judge));
+            return Err(if too_large { watch::too_large() } else { self.judge(&heard, "receive a pack from") });
         }
         let new: Vec<OsString> = names(&packs)?.difference(&before).cloned().collect();
         let received = Received { objects: heard.objects, bytes: heard.bytes.map_or_else(|| sizes(&packs, &new), Ok)? };

@@ -37,7 +37,7 @@ impl Watch<'_> {
     pub(super) fn until_silent(&self, child: &Child, listening: &Listening) -> Option<Failure> {
         while !listening.over_within(TICK) {
             if let Err(failure) = self.look() {
-                // It lets go of its helpers and its temporary files; what is left of them sees its pipes close.
+                // It lets go of its helpers and its temporary files.
                 signal(child, Signal::TERM);
                 if !listening.over_within(GRACE) {
                     signal(child, Signal::KILL);
