@@ -122,7 +122,7 @@ async fn a_project_that_its_user_removed_owes_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_who_collects_garbage_all_the_time_loses_nothing() {
     let (mut cleaned, mut attached) = (0, 0);
-    for _ in 0..5 {
+    for _ in 0..20 {
         let scene = Scene::new().await;
         scene.tree_first(json!({})).await;
         scene.server.behave(Behaviour::Serve);
