@@ -215,8 +215,11 @@ async fn bring(
 ) -> Result<Pulled, Failure> {
     let have: BTreeSet<&String> = looked.head.iter().chain(looked.refs.values()).collect();
     let wants: BTreeSet<&String> = order.refs.values().chain(&order.tip).filter(|oid| !have.contains(oid)).collect();
-    let haves: Vec<String> = have.into_iter().take(MOST_HAVES).cloned().collect();
     let wants: Vec<String> = wants.into_iter().cloned().collect();
+    // The branches lead to almost everything that tags lead to, and each old tag costs a walk from there to the root.
+    let branches = looked.refs.iter().filter(|(name, _)| !name.starts_with("refs/tags/")).map(|(_, oid)| oid);
+    let haves: BTreeSet<&String> = looked.head.iter().chain(branches).collect();
+    let haves: Vec<String> = haves.into_iter().take(MOST_HAVES).cloned().collect();
     let note = |old: Option<String>, new: String| {
         let projects = Arc::clone(&git.projects);
         let (target, note) = (binding.target.clone(), PullNote { project: binding.project, old, new });
