@@ -12,10 +12,16 @@ mod support;
 #[path = "execute/world.rs"]
 mod world;
 
+#[path = "history/hostile.rs"]
+mod hostile;
 #[path = "history/killed.rs"]
 mod killed;
 #[path = "history/users.rs"]
 mod users;
+#[expect(dead_code, reason = "made for pulls, which look at more of what was written")]
+#[expect(clippy::pedantic, reason = "a table of what can be done to a workspace")]
+#[path = "hostile_writer/writer.rs"]
+mod writer;
 
 use std::time::Duration;
 

@@ -11,9 +11,10 @@ use haul::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use crate::{githttp::git_command as command, world::git};
 use crate::{
     githttp::{Behaviour, Server},
-    world::{Open, World, assert_alike, git, kill_children, open},
+    world::{Open, World, assert_alike, kill_children, open},
 };
 
 pub(crate) struct Scene {

@@ -104,24 +104,16 @@ impl Writer {
         let git_dir = self.project.join(".git");
         assert!(git_dir.is_dir() && !git_dir.is_symlink());
         fs::write(git_dir.join("config"), &self.config).unwrap();
-        for lock in [
-            "refs/heads/main.lock",
-            "refs/remotes/origin/main.lock",
-            "config.lock",
-            "shallow.lock",
-            "index.lock",
-            "HEAD.lock",
-            "packed-refs.lock",
-            "gc.pid.lock",
-            "gc.pid",
-        ] {
-            let _ = fs::remove_file(git_dir.join(lock));
-        }
-        // A gc that was killed has taken the index away and left the pack, which nobody can read any more.
+        unlock(&git_dir);
+        // A gc that was killed has taken the index away, or left half of one, and nobody can read the pack any more.
         for entry in fs::read_dir(git_dir.join("objects/pack")).unwrap() {
             let path = entry.unwrap().path();
-            if path.extension().is_some_and(|kind| kind == "pack") && !path.with_extension("idx").exists() {
+            let index = path.with_extension("idx");
+            if path.extension().is_some_and(|kind| kind == "pack")
+                && !command(&git_dir).arg("verify-pack").arg(&index).output().unwrap().status.success()
+            {
                 fs::remove_file(&path).unwrap();
+                let _ = fs::remove_file(index);
             }
         }
         // What prune took is fetched again; a ref of the writer's own may point to it.
@@ -255,6 +247,20 @@ impl Writer {
         if rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).is_ok() {
             self.pause(3000);
             let _ = fs::remove_file(&path);
+        }
+    }
+}
+
+/// Removes what programs that were killed hold for ever.
+fn unlock(directory: &Path) {
+    for entry in fs::read_dir(directory).unwrap().flatten() {
+        let (path, kind) = (entry.path(), entry.file_type().unwrap());
+        if kind.is_dir() {
+            unlock(&path);
+        } else if path.extension().is_some_and(|end| end == "lock")
+            || path.file_name().is_some_and(|name| name == "gc.pid")
+        {
+            let _ = fs::remove_file(path);
         }
     }
 }

@@ -23,6 +23,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    guard::{altered, among},
     look::boundary,
     open::{fault, open},
     receive::Chunks,
@@ -58,7 +59,7 @@ pub(crate) struct Attach {
 pub(super) fn run(directory: &Dir, order: &Attach, reporter: &Reporter) -> Result<(), Failure> {
     let repo = open(directory, reporter)?;
     waiting::sweep(&repo)?;
-    let git = directory.child(".git")?;
+    let git = directory.child(".git").map_err(among)?;
     let attached = attach(directory, &repo, order, reporter);
     match &attached {
         // Tried again: until then a `gc` shall leave alone what is there.
@@ -103,13 +104,14 @@ fn changed() -> Failure {
 /// Takes the files that come into their places.
 fn take_in(waiting: &Waiting, from: Chunks<'_>, reporter: &Reporter) -> Result<(), Failure> {
     let mut from = BufReader::new(from);
-    let objects = waiting.git.child("objects")?;
+    let objects = waiting.git.child("objects").map_err(among)?;
     let (mut told, mut number) = (Instant::now(), 0_u64);
     while let Some((length, name)) = read_head(&mut from)? {
         let (place, file) = name.split_once('/').ok_or_else(|| Failure::internal("a file without a place"))?;
         number += 1;
         let beside = format!("object-{number}");
-        let mut written = waiting.dir.open_file(&beside, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
+        let mut written =
+            waiting.dir.open_file(&beside, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444).map_err(among)?;
         let mut left = length;
         while left > 0 {
             let copied = io::copy(&mut (&mut from).take(left.min(1 << 20)), &mut written)?;
@@ -124,17 +126,20 @@ fn take_in(waiting: &Waiting, from: Chunks<'_>, reporter: &Reporter) -> Result<(
         }
         fchmod(&written, Mode::from_raw_mode(0o444)).map_err(io::Error::from)?;
         let into = match objects.child(place) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => objects.ensure(place, 0o755)?,
-            other => other?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => objects.ensure(place, 0o755),
+            other => other,
         };
+        let into = into.map_err(among)?;
         if let Some(stem) = file.strip_suffix(".pack") {
             keep(waiting, &into, stem)?;
         }
         match renameat_with(&waiting.dir, &beside, &into, file, RenameFlags::NOREPLACE) {
             Ok(()) => {}
             // The same objects, of an earlier try or of the user's own.
-            Err(Errno::EXIST) => unlinkat(&waiting.dir, &beside, AtFlags::empty()).map_err(io::Error::from)?,
-            Err(error) => return Err(io::Error::from(error).into()),
+            Err(Errno::EXIST) => {
+                unlinkat(&waiting.dir, &beside, AtFlags::empty()).map_err(|error| among(error.into()))?
+            }
+            Err(error) => return Err(among(error.into())),
         }
     }
     Ok(())
@@ -143,23 +148,24 @@ fn take_in(waiting: &Waiting, from: Chunks<'_>, reporter: &Reporter) -> Result<(
 /// Lets no `gc` take a pack away that nothing leads to yet.
 fn keep(waiting: &Waiting, packs: &Dir, stem: &str) -> Result<(), Failure> {
     let beside = format!("{stem}.keep");
-    let mut file = waiting.dir.open_file(&beside, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
+    let mut file =
+        waiting.dir.open_file(&beside, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444).map_err(among)?;
     file.write_all(KEEP)?;
     match renameat_with(&waiting.dir, &beside, packs, &beside, RenameFlags::NOREPLACE) {
         // Of an earlier try, or its user's.
         Ok(()) | Err(Errno::EXIST) => Ok(()),
-        Err(error) => Err(io::Error::from(error).into()),
+        Err(error) => Err(among(error.into())),
     }
 }
 
 /// Lets go of the packs that were kept here.
 fn release_packs(git: &Dir) -> Result<(), Failure> {
-    let packs = git.child("objects/pack")?;
-    for (name, _) in packs.entries()? {
+    let packs = git.child("objects/pack").map_err(among)?;
+    for (name, _) in packs.entries().map_err(among)? {
         let is_keep = name.as_encoded_bytes().ends_with(b".keep");
         let is_ours = || packs.read(&name, 4096).is_ok_and(|text| text.as_deref() == Some(KEEP));
         if is_keep && is_ours() {
-            unlinkat(&packs, &name, AtFlags::empty()).map_err(io::Error::from)?;
+            unlinkat(&packs, &name, AtFlags::empty()).map_err(|error| among(error.into()))?;
         }
     }
     Ok(())
@@ -173,7 +179,8 @@ fn parents_are_here(odb: &git2::Odb<'_>, oid: &str) -> Result<(), Failure> {
         Failure::new(ErrorClass::NotFound, message)
     };
     let id = Oid::from_str(oid).map_err(|_| Failure::internal(format!("{oid:?} is not an object id")))?;
-    let commit = odb.read(id).map_err(|_| missing(oid))?;
+    // It came with the tree.
+    let commit = odb.read(id).map_err(|_| altered(format!("{oid} is not among its objects any more")))?;
     // Not by way of the library's commits: it hides the parents of a boundary.
     for line in commit.data().split(|&byte| byte == b'\n').take_while(|line| !line.is_empty()) {
         if let Some(parent) = line.strip_prefix(b"parent ") {
