@@ -137,7 +137,7 @@ fn take_in(waiting: &Waiting, from: Chunks<'_>, reporter: &Reporter) -> Result<(
             Ok(()) => {}
             // The same objects, of an earlier try or of the user's own.
             Err(Errno::EXIST) => {
-                unlinkat(&waiting.dir, &beside, AtFlags::empty()).map_err(|error| among(error.into()))?
+                unlinkat(&waiting.dir, &beside, AtFlags::empty()).map_err(|error| among(error.into()))?;
             }
             Err(error) => return Err(among(error.into())),
         }
