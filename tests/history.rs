@@ -18,8 +18,6 @@ mod hostile;
 mod killed;
 #[path = "history/users.rs"]
 mod users;
-#[expect(dead_code, reason = "made for pulls, which look at more of what was written")]
-#[expect(clippy::pedantic, reason = "a table of what can be done to a workspace")]
 #[path = "hostile_writer/writer.rs"]
 mod writer;
 
