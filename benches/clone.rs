@@ -155,7 +155,17 @@ fn machine(world: &World) -> String {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let kernel = kernel.split('-').next().unwrap_or_default().trim().to_owned();
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let given = std::env::args().skip(1).filter(|word| word != "--bench").collect::<Vec<_>>().join(" ");
+    // What the script adds by itself is no part of the command.
+    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
+    let mut given = Vec::new();
+    while let Some(word) = words.next() {
+        if word == "--scratch" {
+            words.next();
+        } else {
+            given.push(word);
+        }
+    }
+    let given = given.join(" ");
     let mut text = format!(
         "Measured with `scripts/bench {given}` on {}: {cores} cores, {} GB of memory, Linux {kernel}, {}. Load average at \
          the end: {}. Server, broker, agent and git share these cores.\n\n",
