@@ -4,16 +4,13 @@
 //! is several times as fast as picking objects out of them. A clone of a single branch is therefore narrow in what it
 //! fetches and tracks, and as large as its mirror where other projects made that hold more.
 
-use std::{
-    sync::Arc,
-    time::{Instant, SystemTime},
-};
+use std::{sync::Arc, time::SystemTime};
 
 use jiff::Timestamp;
 
 use super::{
     Job,
-    executor::{GitExecutor, blocking, stamp},
+    executor::{GitExecutor, blocking, copied, stamp},
     extras,
     history::PENDING,
     obtain::{self, Obtained},
@@ -21,7 +18,7 @@ use super::{
 use crate::{
     failure::{ErrorClass, Failure},
     git::{Applied, Binding, Fetched, Follows, Identity, Listing, Look, Make, Run, Site, Staging, workspace},
-    protocol::{CloneTask, Progress, Revision, TaskResult},
+    protocol::{CloneTask, Revision, TaskResult},
 };
 
 pub(super) async fn execute(
@@ -181,35 +178,14 @@ async fn copy_objects(
     run: &Run<'_>,
 ) -> Result<(), Failure> {
     let (mirror, staged) = (fetched.path.clone(), Arc::clone(staging));
-    let (cancel, deadline, reserve) = (run.cancel.clone(), run.deadline.into_std(), git.reserve.clone());
-    let (tell, mut told) = tokio::sync::watch::channel(0_u64);
-    let copy = blocking(move || {
-        let mut bytes = 0;
+    let reserve = git.reserve.clone();
+    copied("copying", run, move |moved| {
         staged.copy_objects(&mirror, &mut |count| {
-            bytes += count;
-            let _ = tell.send(bytes);
-            if cancel.is_cancelled() {
-                return Err(Failure::internal("cancelled"));
-            }
-            if Instant::now() > deadline {
-                return Err(Failure::new(ErrorClass::Timeout, "the deadline of this attempt passed"));
-            }
+            moved(count)?;
             reserve.still()
         })
-    });
-    tokio::pin!(copy);
-    loop {
-        tokio::select! {
-            done = &mut copy => return done,
-            changed = told.changed() => match changed {
-                Ok(()) => {
-                    let bytes = *told.borrow_and_update();
-                    (run.progress)(Progress { phase: "copying".to_owned(), bytes, ..Progress::default() });
-                }
-                Err(_) => return copy.await,
-            },
-        }
-    }
+    })
+    .await
 }
 
 /// What a revision means on the upstream: what the project follows, and the object to check out.

@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use async_trait::async_trait;
@@ -11,9 +12,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Execute, Job, Limits, OwedHistory, ProjectState, clone, delete, history, pull, reserve::Reserve, status};
 use crate::{
-    failure::Failure,
+    failure::{ErrorClass, Failure},
     git::{Budget, Children, Confinement, Fence, GitSettings, Mirrors, Projects, Run, Stamp, Support, owner::barred},
-    protocol::{HostState, ProjectId, Scheme, Task, TaskResult, Work},
+    protocol::{HostState, Progress, ProjectId, Scheme, Task, TaskResult, Work},
 };
 
 /// Executes tasks on the projects of one agent.
@@ -92,6 +93,43 @@ pub(super) async fn blocking<T: Send + 'static>(
 ) -> Result<T, Failure> {
     let lost = |error| Failure::internal(format!("a thread of the executor was lost: {error}"));
     tokio::task::spawn_blocking(work).await.map_err(lost)?
+}
+
+/// Copies in a thread that may block, telling the bytes as progress of `phase`; ends early when the run does.
+pub(super) async fn copied(
+    phase: &'static str,
+    run: &Run<'_>,
+    copy: impl FnOnce(&mut dyn FnMut(u64) -> Result<(), Failure>) -> Result<(), Failure> + Send + 'static,
+) -> Result<(), Failure> {
+    let (cancel, deadline) = (run.cancel.clone(), run.deadline.into_std());
+    let (tell, mut told) = tokio::sync::watch::channel(0_u64);
+    let copy = blocking(move || {
+        let mut bytes = 0;
+        copy(&mut |count| {
+            bytes += count;
+            let _ = tell.send(bytes);
+            if cancel.is_cancelled() {
+                return Err(Failure::internal("cancelled"));
+            }
+            if Instant::now() > deadline {
+                return Err(Failure::new(ErrorClass::Timeout, "the deadline of this attempt passed"));
+            }
+            Ok(())
+        })
+    });
+    tokio::pin!(copy);
+    loop {
+        tokio::select! {
+            done = &mut copy => return done,
+            changed = told.changed() => match changed {
+                Ok(()) => {
+                    let bytes = *told.borrow_and_update();
+                    (run.progress)(Progress { phase: phase.to_owned(), bytes, ..Progress::default() });
+                }
+                Err(_) => return copy.await,
+            },
+        }
+    }
 }
 
 /// What a success of `job` writes into the project's order.

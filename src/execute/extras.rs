@@ -3,9 +3,9 @@
 //! All of it happens in the staging directory, before the one rename: a submodule or an LFS object that cannot be had
 //! fails the clone, and nothing of it is in view.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{collections::VecDeque, sync::Arc};
 
-use super::executor::{GitExecutor, blocking};
+use super::executor::{GitExecutor, copied};
 use crate::{
     failure::{ErrorClass, Failure},
     git::{
@@ -13,7 +13,7 @@ use crate::{
         module::{self, Module, Place},
         workspace::{self, Add, Pointers, Smudge, Survey, Surveyed},
     },
-    protocol::{CloneTask, CredentialName, GitUrl, Progress},
+    protocol::{CloneTask, CredentialName, GitUrl},
 };
 
 /// Whether a clone of `work` needs more than its own upstream's tree: then the tree alone is no project yet.
@@ -132,7 +132,7 @@ impl Extras<'_> {
         let fetched = git.mirrors.fetch(&url, credential.as_ref(), &want, run).await?;
         git.reserve.check_copy(&fetched.path).await?;
         let (mirror, at, staged) = (fetched.path.clone(), place.git.clone(), Arc::clone(staging));
-        copied(run, move |moved| staged.copy_module(&mirror, &at, moved)).await?;
+        copied("checkout", run, move |moved| staged.copy_module(&mirror, &at, moved)).await?;
         let order = Add {
             parent: parent.place.clone(),
             module: module.clone(),
@@ -169,7 +169,7 @@ impl Extras<'_> {
         let objects: Vec<_> = wanted.objects.iter().cloned().collect();
         git.mirrors.fetch_lfs(fetched, &repository.url, repository.credential.as_ref(), &objects, run).await?;
         let (store, at, staged) = (fetched.lfs(), place.git.clone(), Arc::clone(staging));
-        copied(run, move |moved| staged.copy_lfs(&store, &at, &wanted.objects, moved)).await?;
+        copied("checkout", run, move |moved| staged.copy_lfs(&store, &at, &wanted.objects, moved)).await?;
         workspace::smudge(&self.children, staging.handle()?, Smudge { place: place.clone() }, run).await
     }
 
@@ -181,42 +181,6 @@ impl Extras<'_> {
             if let Err(error) = removed {
                 tracing::warn!(%error, "the mirror of a submodule cannot be removed; a later start tries again");
             }
-        }
-    }
-}
-
-/// Copies in a thread that may block; ends early when the run does.
-async fn copied(
-    run: &Run<'_>,
-    copy: impl FnOnce(&mut dyn FnMut(u64) -> Result<(), Failure>) -> Result<(), Failure> + Send + 'static,
-) -> Result<(), Failure> {
-    let (cancel, deadline) = (run.cancel.clone(), run.deadline.into_std());
-    let (tell, mut told) = tokio::sync::watch::channel(0_u64);
-    let copy = blocking(move || {
-        let mut bytes = 0;
-        copy(&mut |count| {
-            bytes += count;
-            let _ = tell.send(bytes);
-            if cancel.is_cancelled() {
-                return Err(Failure::internal("cancelled"));
-            }
-            if Instant::now() > deadline {
-                return Err(Failure::new(ErrorClass::Timeout, "the deadline of this attempt passed"));
-            }
-            Ok(())
-        })
-    });
-    tokio::pin!(copy);
-    loop {
-        tokio::select! {
-            done = &mut copy => return done,
-            changed = told.changed() => match changed {
-                Ok(()) => {
-                    let bytes = *told.borrow_and_update();
-                    (run.progress)(Progress { phase: "checkout".to_owned(), bytes, ..Progress::default() });
-                }
-                Err(_) => return copy.await,
-            },
         }
     }
 }
