@@ -6,15 +6,18 @@
 mod active;
 mod arrival;
 mod attempt;
+mod caution;
 mod consume;
 mod control;
 mod copies;
 mod history;
+mod poison;
 mod reporter;
 mod settings;
 mod settle;
 mod step;
 mod turns;
+mod upkeep;
 
 use std::{
     panic::AssertUnwindSafe,
@@ -22,7 +25,6 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use futures_util::FutureExt as _;
@@ -44,12 +46,11 @@ use crate::{
 use active::{Active, Entered};
 use arrival::Arrival;
 use attempt::Ending;
+use caution::Caution;
 use history::Histories;
+use poison::Trial;
 use reporter::Reporter;
 use turns::{Turn, Turns};
-
-/// How long a task whose handling panicked stays here before it is given back: a fault that repeats must not spin.
-const AFTER_A_PANIC: Duration = Duration::from_secs(5);
 
 /// Everything that a worker is made of.
 pub struct Parts {
@@ -98,8 +99,8 @@ pub struct Worker {
     paused: watch::Sender<bool>,
     /// The journal cannot be written.
     trouble: watch::Sender<bool>,
-    /// One delivery at a time, until one settles.
-    cautious: watch::Sender<bool>,
+    /// One delivery at a time, after unclean starts.
+    caution: Caution,
     readiness: watch::Sender<Readiness>,
 }
 
@@ -136,11 +137,16 @@ enum Interrupted {
     Stopping,
     /// The journal cannot be written.
     Journal(JournalError),
+    /// A step broke down.
+    Broken,
 }
 
 impl From<JournalError> for Interrupted {
     fn from(error: JournalError) -> Self {
-        Self::Journal(error)
+        match error {
+            JournalError::Broken => Self::Broken,
+            error => Self::Journal(error),
+        }
     }
 }
 
@@ -173,19 +179,23 @@ impl Worker {
             changed: Notify::new(),
             paused: watch::Sender::new(false),
             trouble: watch::Sender::new(false),
-            cautious: watch::Sender::new(false),
+            caution: Caution::new(),
             readiness: watch::Sender::new(Readiness::default()),
         })
     }
 
     /// The path of one message, from its delivery to its acknowledgement.
     async fn handle(self: Arc<Self>, delivery: Delivery) {
-        self.observer.reached(Step::Received, None);
-        let mut arrival = match Arrival::decode(&delivery.message) {
+        let trial = self.try_alone(&delivery.message).await;
+        if matches!(trial, Trial::Unreadable) {
+            let done = self.bury(&delivery.message).await;
+            return self.finish(delivery, done).await;
+        }
+        let mut arrival = match self.read(&delivery.message) {
             Ok(arrival) => arrival,
             Err(undecodable) => return self.refuse(delivery, undecodable).await,
         };
-        self.observer.reached(Step::Decoded, Some(&arrival.key.task_id));
+        self.was_read(&arrival).await;
         if let Some(owner) = arrival.belongs_elsewhere(&self.settings.node) {
             return self.forward(&arrival, owner, delivery).await;
         }
@@ -194,15 +204,14 @@ impl Worker {
             Entered::Joined => return,
             Entered::Mismatch(delivery) => return self.report_mismatch(&arrival, *delivery).await,
         };
+        if matches!(trial, Trial::GivenUp) {
+            return self.give_up(&arrival).await;
+        }
         // A panic on the way is a fault of ours; the task must neither be lost nor block the window with its deliveries.
         match AssertUnwindSafe(self.conclude(&arrival)).catch_unwind().await {
             Ok(Ok(())) => self.acknowledge(&arrival.key).await,
+            Ok(Err(Interrupted::Broken)) | Err(_) => self.after_panic(&arrival).await,
             Ok(Err(interrupted)) => self.give_back(&arrival, interrupted).await,
-            Err(_panic) => {
-                tracing::error!(task.id = %arrival.key.task_id, "panicked while handling the task; given back");
-                tokio::time::sleep(AFTER_A_PANIC).await;
-                self.give_back(&arrival, Interrupted::Stopping).await;
-            }
         }
     }
 
@@ -261,11 +270,7 @@ impl Worker {
                 let tried = arrival.headers.attempt > 1;
                 over(ticket, if tried { Outcome::Failed(failure) } else { Outcome::Rejected(failure) })
             }
-            Admission::Crashed(ticket) => {
-                let message =
-                    "the agent crashed three times while this task was running; replay it once that is mended";
-                over(ticket, Outcome::Failed(Failure::new(ErrorClass::Crashed, message)))
-            }
+            Admission::Crashed(ticket) => over(ticket, poison::crashed()),
             Admission::Mismatch => Ending::Mismatch,
         }
     }
@@ -279,7 +284,7 @@ impl Worker {
             }
         }
         self.observer.reached(Step::Acked, Some(&key.task_id));
-        self.settled_one();
+        self.settled_one(Some(key)).await;
     }
 
     /// The path was cut short: the broker keeps the task.
@@ -290,7 +295,7 @@ impl Worker {
                 self.trouble.send_replace(true);
                 self.changed.notify_one();
             }
-            Interrupted::Stopping => {
+            Interrupted::Stopping | Interrupted::Broken => {
                 // An attempt that we ended ourselves is charged neither as an attempt nor as a crash.
                 let round = arrival.key.round;
                 let noted = self.journal.step(&arrival.key.task_id, self.clock.now(), move |step| {
@@ -309,20 +314,21 @@ impl Worker {
 
     /// A message that is no task of ours: dead-lettered with the reason, and reported where it can be named.
     async fn refuse(self: &Arc<Self>, delivery: Delivery, undecodable: Undecodable) {
-        let done = self.reject_undecodable(&delivery.message, undecodable).await;
+        let message = &delivery.message;
+        let done = self.sure(message, self.reject_undecodable(message, undecodable)).await;
         self.finish(delivery, done).await;
     }
 
     /// A task of another node, moved here by hand: it goes to its own queue.
     async fn forward(&self, arrival: &Arrival, owner: &crate::protocol::NodeName, delivery: Delivery) {
         tracing::info!(task.id = %arrival.key.task_id, node = %owner, "forwarded to the node it belongs to");
-        let done = self.publish_forwarded(arrival, owner).await;
+        let done = self.sure(&delivery.message, self.publish_forwarded(arrival, owner)).await;
         self.finish(delivery, done).await;
     }
 
     /// The same identity with another body while the first is in hand.
     async fn report_mismatch(&self, arrival: &Arrival, delivery: Delivery) {
-        let done = self.dead_letter_mismatch(arrival).await;
+        let done = self.sure(&delivery.message, self.dead_letter_mismatch(arrival)).await;
         self.finish(delivery, done).await;
     }
 
@@ -333,14 +339,7 @@ impl Worker {
             Ok(()) => delivery.ack().await,
             Err(_) => delivery.requeue().await,
         };
-        self.settled_one();
-    }
-
-    /// A delivery was settled: caution ends.
-    fn settled_one(&self) {
-        if self.cautious.send_if_modified(|cautious| std::mem::replace(cautious, false)) {
-            self.changed.notify_one();
-        }
+        self.settled_one(None).await;
     }
 
     /// How many settled tasks the broker does not take the debts of.
