@@ -30,7 +30,7 @@ use trouble::{read_again, refuse, write_or_relieve};
 
 /// Steps that one commit carries at most: bounds the time that the first of them waits.
 const LARGEST_BATCH: usize = 512;
-/// Pages that are kept in memory at most, between two batches. All of them are on disk; it only saves reading.
+/// Pages that are kept in memory at most, to save reading.
 const MOST_PAGES: usize = 4096;
 
 /// The note that says when a damaged journal was last set aside.
@@ -72,9 +72,10 @@ impl Journal {
     /// Starts the writer over `rows`.
     ///
     /// # Errors
-    /// When what it needs at start cannot be read.
+    /// When what it needs at start cannot be read, nor begun anew.
     pub async fn open(mut rows: impl Rows) -> Result<Self, JournalError> {
-        let state = State::load(&mut rows).await?;
+        let mut state = State::default();
+        read_again(&mut rows, &mut state).await?;
         let (steps, requests) = mpsc::channel(4 * LARGEST_BATCH);
         let (strain, strained) = watch::channel(false);
         tokio::spawn(write(rows, state, requests, strain));
@@ -87,14 +88,13 @@ impl Journal {
         self.strained.clone()
     }
 
-    /// Whether the writer has ended: nothing can be asked of it any more.
+    /// Whether the writer has ended.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.steps.is_closed()
     }
 
-    /// Ends the writer once it has done what was asked before. Whoever closes well need not be looked at closely at the
-    /// next start.
+    /// Ends the writer once it has done what was asked before.
     pub async fn close(&self) {
         // It may have ended before.
         let _ = self.ask(|reply| Request::Close { reply }).await;
@@ -183,13 +183,12 @@ impl Journal {
 /// What the writer keeps in memory: the little that every step may need.
 #[derive(Default)]
 struct State {
-    /// Pages with a task in hand or a debt, and those of the batch at hand; the others are read when they are asked for.
+    /// Pages with a task in hand or a debt, and those of the batch at hand; the others are read when asked for.
     live: HashMap<TaskId, Page>,
     clones: Clones,
-    /// Cancels that came before their tasks, with when they came.
+    /// When cancels came whose tasks have not.
     cancels: BTreeMap<TaskId, Timestamp>,
     last_arrival: i64,
-    /// What was found wrong in this batch.
     damage: Option<JournalError>,
     /// What is in memory is not what is on disk: it has to be read before anything is decided on it.
     stale: bool,
@@ -206,6 +205,9 @@ impl State {
         let mut state = Self::default();
         for (task, entry) in rows.waiting_clones().await? {
             state.clones.track(&task, &entry, None);
+        }
+        for (task, entry) in rows.running().await? {
+            state.clones.left_behind(&task, &entry);
         }
         for (name, value) in rows.notes(CANCEL).await? {
             if let Ok(task) = TaskId::new(name.strip_prefix(CANCEL).unwrap_or(&name)) {
@@ -240,7 +242,6 @@ impl State {
         let of_project = |project: ProjectId| clones.of(project, now);
         let next_arrival = now.as_microsecond().max(self.last_arrival + 1);
         let step = Step { page: &mut page, clones: &of_project, next_arrival };
-        // Whoever asked is told by the end of its channel.
         let Ok(answer) = catch_unwind(AssertUnwindSafe(|| decide(step))) else {
             self.live.insert(task, before);
             return None;
@@ -262,8 +263,7 @@ impl State {
         Some(answer)
     }
 
-    /// Forgets pages that only the disk has to remember: those of tasks that have ended and owe nothing, and of those
-    /// that wait for a retry, of which there may be very many.
+    /// Forgets pages of tasks that have ended and owe nothing, and of those that wait for a retry: there may be very many.
     fn settle_down(&mut self) {
         let in_hand = |entry: &Entry| matches!(entry.phase, Phase::Waiting | Phase::Running { .. }) || entry.owes();
         self.live.retain(|_, page| page.entries.iter().any(in_hand));
@@ -286,7 +286,9 @@ impl State {
         for task in old.collect::<Vec<_>>() {
             batch.push(Write::Note(format!("{CANCEL}{task}"), None));
             self.cancels.remove(&task);
-            self.live.remove(&task);
+            if let Some(page) = self.live.get_mut(&task) {
+                page.cancel_pending = false;
+            }
         }
     }
 }
@@ -325,9 +327,8 @@ async fn write(
             Ok(()) => state.settle_down(),
             Err(error) => {
                 tracing::error!(error = %error, "journal batch not written");
-                // What is in memory is ahead of the disk now.
+                // What is in memory is ahead of the disk now. If it cannot be read again, who asks next is told why not.
                 (state.stale, state.damage) = (true, Some(error.clone()));
-                // At once if it can be; else whoever asks next is told why not.
                 let _ = read_again(&mut rows, &mut state).await;
             }
         }
@@ -350,7 +351,6 @@ async fn take(
     batch: &mut Vec<Write>,
     strain: &watch::Sender<bool>,
 ) -> Option<Answer> {
-    // Whoever asked may be gone; then nobody waits for the answer.
     match request {
         Request::Step { task, now, decide } => {
             let page = state.page(rows, &task).await;

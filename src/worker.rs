@@ -11,6 +11,7 @@ mod consume;
 mod control;
 mod copies;
 mod history;
+mod line;
 mod poison;
 mod reporter;
 mod settings;
@@ -48,6 +49,7 @@ use arrival::Arrival;
 use attempt::Ending;
 use caution::Caution;
 use history::Histories;
+use line::Lines;
 use poison::Trial;
 use reporter::Reporter;
 use turns::{Turn, Turns};
@@ -82,6 +84,7 @@ pub struct Worker {
     reporter: Reporter,
     active: Active,
     turns: Arc<Turns>,
+    lines: Arc<Lines>,
     /// Take no more: what waits is given back, what runs is finished.
     soft: CancellationToken,
     /// Stop: what runs is ended and given back.
@@ -160,6 +163,7 @@ impl Worker {
         let reporter = Reporter::new(origin, settings.names.clone(), broker.clone(), clock.clone(), background.clone());
         Arc::new(Self {
             turns: Turns::new(settings.slots),
+            lines: Arc::default(),
             settings,
             broker,
             journal,
@@ -185,13 +189,15 @@ impl Worker {
     }
 
     /// The path of one message, from its delivery to its acknowledgement.
-    async fn handle(self: Arc<Self>, delivery: Delivery) {
+    ///
+    /// It is `read` already where others are handled beside it: then its place in the line of its project is taken.
+    async fn handle(self: Arc<Self>, delivery: Delivery, read: Option<Result<Arrival, Undecodable>>) {
         let trial = self.try_alone(&delivery.message).await;
         if matches!(trial, Trial::Unreadable) {
             let done = self.bury(&delivery.message).await;
             return self.finish(delivery, done).await;
         }
-        let mut arrival = match self.read(&delivery.message) {
+        let mut arrival = match read.unwrap_or_else(|| self.read(&delivery.message)) {
             Ok(arrival) => arrival,
             Err(undecodable) => return self.refuse(delivery, undecodable).await,
         };
@@ -218,10 +224,12 @@ impl Worker {
     /// Steps 3 to 8: everything between knowing a task and owing nothing for it.
     async fn conclude(self: &Arc<Self>, arrival: &Arrival) -> Result<(), Interrupted> {
         let mut turn: Option<Turn> = None;
+        arrival.line.turn().await;
         let ending = match self.admit(arrival).await? {
             Admission::Fresh(ticket) => self.attempt(arrival, ticket, &mut turn).await?,
             other => Self::without_running(arrival, other),
         };
+        arrival.line.pass();
         match ending {
             Ending::Over { ticket, outcome } => {
                 let owed = self.settle(arrival, ticket, outcome).await?;
@@ -297,9 +305,9 @@ impl Worker {
             }
             Interrupted::Stopping | Interrupted::Broken => {
                 // An attempt that we ended ourselves is charged neither as an attempt nor as a crash.
-                let round = arrival.key.round;
-                let noted = self.journal.step(&arrival.key.task_id, self.clock.now(), move |step| {
-                    step.page.give_back(round);
+                let (round, now) = (arrival.key.round, self.clock.now());
+                let noted = self.journal.step(&arrival.key.task_id, now, move |step| {
+                    step.page.give_back(round, now);
                 });
                 if let Err(error) = noted.await {
                     tracing::warn!(task.id = %arrival.key.task_id, error = %error, "given back without a note");

@@ -118,6 +118,10 @@ async fn records_are_not_forgotten_when_the_clock_steps_and_are_after_their_rete
         assert_eq!(pipeline.executions("t"), 1, "{days}: a duplicate is answered from the journal");
         pipeline.drained().await;
         tokio::time::sleep(RETENTION_AND_MORE).await;
+        if days < 0 {
+            // It was seen at a date that has to come again.
+            tokio::time::sleep(Duration::from_hours(24 * days.unsigned_abs())).await;
+        }
         pipeline.publish(&clone_task("t", 1)).await;
         pipeline.told("t", 3).await;
         assert_eq!(pipeline.executions("t"), 2, "{days}: what was forgotten runs again");

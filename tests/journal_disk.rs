@@ -14,7 +14,7 @@ use std::path::Path;
 
 use disk::Disk;
 use githttp::{Behaviour, Server, Upstream};
-use haul::{broker::Broker as _, protocol::Status};
+use haul::protocol::Status;
 use serde_json::json;
 use support::{
     agent::Agent,
@@ -93,12 +93,7 @@ async fn on_a_full_disk_what_was_begun_is_settled_and_nothing_new_is_begun_until
     }
     agent.until_async("the reserve to be given up", async || !reserve.exists()).await;
     agent.until_async("it to be not ready", async || !is_ready(&agent)).await;
-    let queue = agent.names.node(agent.node());
-    agent
-        .until_async("it to take no more", async || {
-            matches!(agent.master.depth(&queue).await, Ok(Some(depth)) if depth.consumers == 0)
-        })
-        .await;
+    agent.until_async("it to take no more", async || agent.log().contains(r#""reason":"Trouble""#)).await;
     let late = ["late1", "late2"];
     for (number, id) in (50..).zip(late) {
         agent.publish(&Agent::clone_task(id, number, &small, &format!("{number}_app"))).await;

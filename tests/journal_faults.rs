@@ -77,7 +77,10 @@ async fn a_journal_that_is_truncated_anywhere_is_survived() {
         fs::File::options().write(true).open(&path).unwrap().set_len(left).unwrap();
         let known = survives(&journals, &path, &format!("truncated to {left} of {length}")).await;
         // What the log still has is not lost.
-        assert!(told(&path) || known == TASKS, "truncated to {left} of {length}: {known} rows are left, and nobody says so");
+        assert!(
+            told(&path) || known == TASKS,
+            "truncated to {left} of {length}: {known} rows are left, and nobody says so"
+        );
         saved += known;
     }
     assert!(saved > 40 * TASKS / 5, "{saved} of {} rows were saved", 40 * TASKS);
@@ -145,12 +148,13 @@ async fn a_bit_that_flips_in_the_log_is_noticed() {
         let path = journals.killed(&format!("log{number}"));
         let log = beside(&path, "-wal");
         let mut bytes = fs::read(&log).unwrap();
-        // The head of a log holds a number that nobody reads.
-        let place = usize::try_from(32 + chance.below(bytes.len() as u64 - 32)).unwrap();
+        let place =
+            usize::try_from(if number < 8 { chance.below(32) } else { chance.below(bytes.len() as u64) }).unwrap();
         bytes[place] ^= 1 << chance.below(8);
         fs::write(&log, bytes).unwrap();
         survives(&journals, &path, &format!("byte {place} of the log flipped")).await;
-        assert!(told(&path), "byte {place} of the log");
+        // One whose head is bent looks like one that was begun anew: what was written before is believed, row by row.
+        assert!(told(&path) || place < 32, "byte {place} of the log");
     }
 }
 
@@ -230,11 +234,11 @@ async fn a_journal_of_a_later_version_is_refused_and_left_alone() {
 
 #[tokio::test]
 async fn a_journal_of_before_versions_were_written_is_taken_over() {
-    use sqlx::Connection as _;
+    use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
     let journals = Journals::new().await;
     let path = journals.closed("now");
     let old = journals.place("old");
-    let mut source = sqlx::SqliteConnection::connect(&format!("sqlite://{}", path.display())).await.unwrap();
+    let mut source = SqliteConnectOptions::new().filename(&path).create_if_missing(true).connect().await.unwrap();
     let attach = format!("ATTACH '{}' AS old", old.display());
     for sql in [
         attach.as_str(),
@@ -344,8 +348,10 @@ impl Harm {
         };
         let log = beside(journal, "-wal");
         match self {
-            Self::Garbage => fs::write(journal, "garbage".repeat(9000)).unwrap(),
-            Self::Truncated => cut(journal, 2),
+            Self::Garbage => {
+                [journal, &log].into_iter().for_each(|file| fs::write(file, "garbage".repeat(9000)).unwrap())
+            }
+            Self::Truncated => [journal, &log].into_iter().for_each(|file| cut(file, 2)),
             Self::Empty => fs::write(journal, "").unwrap(),
             Self::Gone => fs::remove_file(journal).unwrap(),
             Self::LogGone => fs::remove_file(log).unwrap(),
@@ -400,9 +406,12 @@ async fn ends_all_after(harm: Harm) {
     agent.ready().await;
 
     assert!(agent.log().contains("the journal is damaged"), "{harm:?}: {}", agent.log());
-    for (id, expected) in
-        [("runs", Status::Succeeded), ("waits", Status::Succeeded), ("retried", Status::Failed), ("behind", Status::Failed)]
-    {
+    for (id, expected) in [
+        ("runs", Status::Succeeded),
+        ("waits", Status::Succeeded),
+        ("retried", Status::Failed),
+        ("behind", Status::Failed),
+    ] {
         let end = agent.end(id, 0).await;
         assert_eq!(end.status, expected, "{harm:?}: {end:?}");
     }

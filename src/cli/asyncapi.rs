@@ -24,7 +24,7 @@ struct Header {
     dead: bool,
 }
 
-const HEADERS: [Header; 14] = [
+const HEADERS: [Header; 15] = [
     text(header::TRACEPARENT, "W3C trace context; carried from the task to its events."),
     int(header::ROUND, "Replays so far; 0 if absent."),
     int(header::ATTEMPT, "The attempt that this copy asks for, from 1."),

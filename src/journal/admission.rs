@@ -364,10 +364,23 @@ mod tests {
         admit(&mut page, &sighting());
         for boot in 1..=5 {
             page.begin(0, 1, &format!("b{boot}"), true);
-            page.give_back(0);
+            page.give_back(0, at(0));
             let next = Sighting { boot: format!("b{}", boot + 1), ..sighting() };
             assert!(matches!(admit(&mut page, &next), Admission::Fresh(_)));
         }
+    }
+
+    #[test]
+    fn a_clone_that_was_given_back_is_waited_for() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        page.begin(0, 1, "b1", false);
+        assert_eq!(page.round(0).unwrap().waiting_clone(), None);
+        page.give_back(0, at(7));
+        let place = Place { generation: None, arrived: 100 };
+        assert_eq!(page.round(0).unwrap().waiting_clone(), Some(WaitingClone { place, until: at(7) }));
+        assert!(matches!(admit(&mut page, &sighting()), Admission::Fresh(_)));
+        assert_eq!(page.round(0).unwrap().waiting_clone(), None);
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub enum Phase {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         alone: bool,
     },
-    /// A copy of it is held in a retry queue until then.
+    /// The broker has it: a copy that is held in a retry queue until then, or what was given back.
     Released {
         /// When it is due.
         until: Timestamp,
@@ -266,12 +266,13 @@ impl Page {
         }
     }
 
-    /// Notes that a running attempt was given back without being charged, as at a drain.
-    pub fn give_back(&mut self, round: Round) {
+    /// Notes that the broker has it again, uncharged, as at a drain. What is given back one by one may come again in
+    /// another order: if it is a clone, later tasks of its project wait for it.
+    pub fn give_back(&mut self, round: Round, now: Timestamp) {
         if let Some(entry) = self.round_mut(round)
-            && matches!(entry.phase, Phase::Running { .. })
+            && matches!(entry.phase, Phase::Running { .. } | Phase::Waiting)
         {
-            entry.phase = Phase::Waiting;
+            entry.phase = Phase::Released { until: now };
         }
     }
 

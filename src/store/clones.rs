@@ -6,8 +6,8 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
 use crate::{
-    journal::{Entry, Key, WaitingClone},
-    protocol::{Place, ProjectId, TaskId},
+    journal::{Entry, Key, Phase, WaitingClone},
+    protocol::{Kind, Place, ProjectId, TaskId},
 };
 
 /// The clones that wait, by project.
@@ -43,6 +43,14 @@ fn elapsed(since: Instant) -> SignedDuration {
 }
 
 impl Clones {
+    /// Takes note of a clone that ran when the agent died: the broker delivers it again.
+    pub(super) fn left_behind(&mut self, task: &TaskId, entry: &Entry) {
+        if entry.kind == Kind::Clone {
+            let released = Entry { phase: Phase::Released { until: entry.seen }, ..entry.clone() };
+            self.track(task, &released, None);
+        }
+    }
+
     /// Takes note of what an entry has become.
     pub(super) fn track(&mut self, task: &TaskId, entry: &Entry, now: Option<Timestamp>) {
         let key = Key { task_id: task.clone(), round: entry.round };
@@ -82,7 +90,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{journal::Phase, protocol::Kind};
 
     fn at(seconds: i64) -> Timestamp {
         Timestamp::from_second(1_800_000_000 + seconds).unwrap()
@@ -108,6 +115,17 @@ mod tests {
         let settled = Entry { phase: Phase::Waiting, ..clone(10) };
         clones.track(&task, &settled, Some(at(5)));
         assert!(clones.of(7, at(5)).is_empty() && clones.projects.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clone_that_ran_at_a_crash_is_waited_for_until_it_comes_again() {
+        let (mut clones, task) = (Clones::default(), TaskId::new("t").unwrap());
+        let running = Entry { phase: Phase::Running { boot: "b".to_owned(), alone: false }, ..clone(0) };
+        clones.left_behind(&task, &running);
+        clones.date(at(50));
+        assert_eq!(clones.of(7, at(50)).len(), 1);
+        clones.track(&task, &Entry { phase: Phase::Waiting, ..clone(0) }, Some(at(51)));
+        assert!(clones.of(7, at(51)).is_empty());
     }
 
     #[tokio::test(start_paused = true)]

@@ -122,15 +122,17 @@ impl SqliteRows {
 
     async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
         let done = match value {
-            Some(value) => sqlx::query(
-                "INSERT INTO note (name, value, sum) VALUES (?, ?, ?)
+            Some(value) => {
+                sqlx::query(
+                    "INSERT INTO note (name, value, sum) VALUES (?, ?, ?)
                  ON CONFLICT (name) DO UPDATE SET value = excluded.value, sum = excluded.sum",
-            )
-            .bind(name)
-            .bind(value)
-            .bind(row::note_sum(name, value))
-            .execute(self.database()?)
-            .await,
+                )
+                .bind(name)
+                .bind(value)
+                .bind(row::note_sum(name, value))
+                .execute(self.database()?)
+                .await
+            }
             None => sqlx::query("DELETE FROM note WHERE name = ?").bind(name).execute(self.database()?).await,
         };
         done.map(drop).map_err(self.written())
@@ -267,11 +269,12 @@ impl Rows for SqliteRows {
     }
 
     async fn notes(&mut self, prefix: &str) -> Result<Vec<(String, String)>, JournalError> {
-        let rows = sqlx::query("SELECT name, value, sum FROM note WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name")
-            .bind(prefix)
-            .fetch_all(self.database()?)
-            .await
-            .map_err(self.read())?;
+        let rows =
+            sqlx::query("SELECT name, value, sum FROM note WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name")
+                .bind(prefix)
+                .fetch_all(self.database()?)
+                .await
+                .map_err(self.read())?;
         rows.iter().map(row::note).collect::<Result<_, _>>().map_err(|reason| damaged(&self.path, reason))
     }
 

@@ -1,11 +1,12 @@
 //! A decoded delivery: step 2 of a message's path.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
+use super::line::{Line, Lines};
 use crate::{
     journal::{Key, Sighting},
     protocol::{
@@ -26,13 +27,15 @@ pub(super) struct Arrival {
     pub(super) identity: Identity,
     pub(super) headers: CopyHeaders,
     pub(super) message: Message,
+    /// Its place among the deliveries of its project, until it is queued.
+    pub(super) line: Line,
     /// Triggered when the master cancels the task.
     pub(super) cancel: CancellationToken,
 }
 
 impl Arrival {
-    /// Reads a message that was delivered at `now`.
-    pub(super) fn decode(message: &Message, now: Timestamp) -> Result<Self, Undecodable> {
+    /// Reads a message that was delivered at `now`, and takes its place in the line of its project.
+    pub(super) fn decode(message: &Message, now: Timestamp, lines: &Arc<Lines>) -> Result<Self, Undecodable> {
         let task = wire::decode_task(message)?;
         let mut headers = CopyHeaders::read(&message.headers);
         headers.deferred_since = headers.deferred_since.map(|since| tried_since(since, headers.not_before, now));
@@ -40,6 +43,7 @@ impl Arrival {
             key: Key { task_id: task.id.clone(), round: headers.round },
             digest: digest(message),
             identity: Identity::from(&task),
+            line: lines.join(task.project),
             task,
             headers,
             message: message.clone(),
@@ -53,13 +57,7 @@ impl Arrival {
     }
 
     /// What the journal needs to know of it; no copy is put off by more than `longest_wait`.
-    pub(super) fn sighting(
-        &self,
-        mark: Option<Place>,
-        boot: &str,
-        now: Timestamp,
-        longest_wait: Duration,
-    ) -> Sighting {
+    pub(super) fn sighting(&self, mark: Option<Place>, boot: &str, now: Timestamp, longest_wait: Duration) -> Sighting {
         // A moment that is further away than any retry of ours would park the task for as long as somebody likes; one that
         // is further away than what was left of its wait is by a clock that was put back since.
         let longest = self.headers.left.map_or(longest_wait, |left| left.min(longest_wait));
@@ -116,7 +114,7 @@ mod tests {
             let body = r#"{"v": 1, "task_id": "t", "kind": "delete", "project_id": 1}"#;
             let mut message = Message { body: body.into(), ..Message::default() };
             message.set(header::NOT_BEFORE, asked);
-            let arrival = Arrival::decode(&message, now).unwrap();
+            let arrival = Arrival::decode(&message, now, &Arc::default()).unwrap();
             assert_eq!(arrival.sighting(None, "b", now, hour).not_before, Some(believed));
         }
     }
@@ -124,10 +122,13 @@ mod tests {
     #[test]
     fn a_copy_is_not_put_off_for_longer_than_what_was_left_of_its_wait() {
         let now = Timestamp::from_second(1_800_000_000).unwrap();
-        let mut message = Message { body: r#"{"v": 1, "task_id": "t", "kind": "delete", "project_id": 1}"#.into(), ..Message::default() };
+        let mut message = Message {
+            body: r#"{"v": 1, "task_id": "t", "kind": "delete", "project_id": 1}"#.into(),
+            ..Message::default()
+        };
         message.set(header::NOT_BEFORE, (now + SignedDuration::from_hours(72)).as_millisecond());
         message.set(header::LEFT, 4000);
-        let arrival = Arrival::decode(&message, now).unwrap();
+        let arrival = Arrival::decode(&message, now, &Arc::default()).unwrap();
         let due = arrival.sighting(None, "b", now, Duration::from_hours(24)).not_before;
         assert_eq!(due, Some(now + SignedDuration::from_secs(4)));
     }

@@ -124,7 +124,9 @@ impl Worker {
     }
 
     async fn wait_for_turn(&self, arrival: &Arrival, ticket: Ticket) -> Result<Waited, Interrupted> {
-        let Some(mut queued) = self.turns.queue(&arrival.task, ticket.place) else { return Ok(Waited::TooMany) };
+        let queued = self.turns.queue(&arrival.task, ticket.place);
+        arrival.line.pass();
+        let Some(mut queued) = queued else { return Ok(Waited::TooMany) };
         self.observer.reached(Step::Queued, Some(&arrival.key.task_id));
         if self.soft.is_cancelled() {
             return Err(Interrupted::Stopping);

@@ -233,7 +233,11 @@ impl Worker {
                 changed = consuming.changed() => if changed.is_err() { return Ended::Trouble },
                 changed = publishing.changed() => if changed.is_err() { return Ended::Trouble },
                 delivery = consumer.next(), if room => match delivery {
-                    Some(delivery) => drop(self.handling.spawn(self.clone().handle(delivery))),
+                    Some(delivery) => {
+                        // Read here, in the order in which they come: what is spawned runs in any order.
+                        let read = (!self.caution.is_on()).then(|| self.read(&delivery.message));
+                        self.handling.spawn(self.clone().handle(delivery, read));
+                    }
                     None => return Ended::Trouble,
                 },
             }
@@ -247,7 +251,7 @@ impl Worker {
                 return false;
             }
             if *self.trouble.borrow() && !self.journal_is_back().await {
-                self.readiness.send_modify(|readiness| readiness.journal = false);
+                self.readiness.send_if_modified(|readiness| std::mem::replace(&mut readiness.journal, false));
                 tokio::select! {
                     () = tokio::time::sleep(PROBE_INTERVAL) => {}
                     () = self.soft.cancelled() => {}

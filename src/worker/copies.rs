@@ -174,7 +174,10 @@ mod tests {
         let failure = Failure::new(ErrorClass::Network, "no route");
         let (copy, due) = with(&message, |of| of.next_attempt(&next(&failure)));
         let names: Vec<_> = copy.headers.keys().map(String::as_str).collect();
-        assert_eq!(names, ["x-haul-arrived", "x-haul-attempt", "x-haul-history", "x-haul-left", "x-haul-node", "x-haul-not-before"]);
+        assert_eq!(
+            names,
+            ["x-haul-arrived", "x-haul-attempt", "x-haul-history", "x-haul-left", "x-haul-node", "x-haul-not-before"]
+        );
         assert_eq!((copy.priority, copy.expiration_ms), (Some(9), None));
         assert_eq!(due, now() + SignedDuration::from_secs(5));
         assert_eq!(copy.headers[header::ATTEMPT], HeaderValue::Int(4));

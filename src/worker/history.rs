@@ -87,7 +87,7 @@ impl Worker {
                 Err(Interrupted::Journal(error)) => {
                     tracing::error!(task.id = %key.task_id, error = %error, "what became of a history could not be noted; the next start tries again");
                 }
-                Ok(()) | Err(Interrupted::Stopping) => {}
+                Ok(()) | Err(Interrupted::Stopping | Interrupted::Broken) => {}
             }
             worker.histories.leave(&key);
         });

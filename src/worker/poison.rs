@@ -43,7 +43,7 @@ impl Worker {
     pub(super) fn read(&self, message: &Message) -> Result<Arrival, Undecodable> {
         let read = AssertUnwindSafe(|| {
             self.observer.reached(Step::Received, None);
-            let arrival = Arrival::decode(message, self.clock.now())?;
+            let arrival = Arrival::decode(message, self.clock.now(), &self.lines)?;
             self.observer.reached(Step::Decoded, Some(&arrival.key.task_id));
             Ok(arrival)
         });

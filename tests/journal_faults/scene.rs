@@ -43,9 +43,8 @@ pub(crate) fn aside(path: &Path) -> Vec<String> {
     let names = fs::read_dir(path.parent().unwrap()).unwrap().flatten();
     let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let logs = ["-wal", "-shm", "-journal"];
-    let mut names: Vec<_> = names
-        .filter(|name| name.contains(".damaged-") && !logs.iter().any(|ending| name.ends_with(ending)))
-        .collect();
+    let mut names: Vec<_> =
+        names.filter(|name| name.contains(".damaged-") && !logs.iter().any(|ending| name.ends_with(ending))).collect();
     names.sort();
     names
 }
@@ -92,7 +91,7 @@ impl Journals {
         journal.set_note("paused", Some("yes")).await.unwrap();
         for number in 0..TASKS {
             journals.write(&journal, number).await;
-            if number == TASKS * 2 / 3 {
+            if number == TASKS * 5 / 6 {
                 // What was written until here has left the log.
                 journal.close().await;
                 let journal = Journal::open(SqliteRows::open(&path).await.unwrap()).await.unwrap();
@@ -135,7 +134,7 @@ impl Journals {
                 };
                 step.page.admit(&sighting, &[]);
             },
-            |step| drop(step.page.begin(0, 1, "boot", false)),
+            |step| assert!(step.page.begin(0, 1, "boot", false)),
             |step| drop(step.page.settle(0, Status::Failed, envelope("event"), Some(envelope("dead")))),
             |step| step.page.strike(0, Debt::DeadLetter, now()),
             |step| step.page.strike(0, Debt::Event, now()),

@@ -198,9 +198,8 @@ struct Steps {
 impl Steps {
     fn breaks_at(&self, step: Step, task: Option<&TaskId>) -> bool {
         let mut breaks = self.breaks.lock().unwrap();
-        let due = breaks
-            .iter_mut()
-            .find(|(at, of, times)| *at == step && *times > 0 && task.is_none_or(|task| task == of));
+        let due =
+            breaks.iter_mut().find(|(at, of, times)| *at == step && *times > 0 && task.is_none_or(|task| task == of));
         due.map(|(_, _, times)| *times -= 1).is_some()
     }
 }

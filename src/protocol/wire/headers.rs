@@ -168,7 +168,8 @@ mod tests {
                 HeaderValue::Table(BTreeMap::from([("a".to_owned(), HeaderValue::Int(3))])),
             ]
         };
-        let names = [header::ROUND, header::ATTEMPT, header::ARRIVED, header::NOT_BEFORE, header::LEFT, header::DEFERRED];
+        let names =
+            [header::ROUND, header::ATTEMPT, header::ARRIVED, header::NOT_BEFORE, header::LEFT, header::DEFERRED];
         for name in names.into_iter().chain([header::NODE, header::DEATH]) {
             for value in odd() {
                 let headers = read(name, value.clone());

@@ -95,7 +95,8 @@ async fn salvage(path: &Path) -> Result<(PathBuf, Salvaged), JournalError> {
     let (making, made) = (beside(path, ".salvaging"), beside(path, ".salvaged"));
     remove(&making).map_err(|error| io_error(path, "recovered", &error))?;
     let written = |error: sqlx::Error| database(path, "recovered", &error);
-    let mut target = SqliteConnection::connect_with(&options(&making).create_if_missing(true)).await.map_err(written)?;
+    let mut target =
+        SqliteConnection::connect_with(&options(&making).create_if_missing(true)).await.map_err(written)?;
     let salvaged = take_over(path, &mut target).await;
     let closed = target.close().await;
     let salvaged = salvaged.map_err(written)?;
@@ -209,11 +210,7 @@ impl Salvaged {
         Ok(())
     }
 
-    async fn notes(
-        &mut self,
-        source: &mut SqliteConnection,
-        target: &mut SqliteConnection,
-    ) -> Result<(), sqlx::Error> {
+    async fn notes(&mut self, source: &mut SqliteConnection, target: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         let mut rows = sqlx::query("SELECT name, value, sum FROM note ORDER BY name").fetch(source);
         while let Ok(Some(found)) = rows.try_next().await {
             match row::note(&found) {
