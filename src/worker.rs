@@ -26,6 +26,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use futures_util::FutureExt as _;
@@ -37,7 +38,7 @@ pub use settings::{Clock, WorkerSettings};
 pub use step::{Observe, Step, Unobserved};
 
 use crate::{
-    broker::{Broker, Delivery},
+    broker::{Broker, Delivery, StaleDelivery},
     execute::Execute,
     failure::{ErrorClass, Failure},
     journal::{Admission, Entry, Key},
@@ -53,6 +54,9 @@ use line::Lines;
 use poison::Trial;
 use reporter::Reporter;
 use turns::{Turn, Turns};
+
+/// How long a delivery may take to be settled: a connection that breaks at that moment may never tell.
+const SETTLING: Duration = Duration::from_secs(10);
 
 /// Everything that a worker is made of.
 pub struct Parts {
@@ -287,7 +291,7 @@ impl Worker {
     /// answered from the journal.
     async fn acknowledge(&self, key: &Key) {
         for delivery in self.active.leave(key) {
-            if delivery.ack().await.is_err() {
+            if !settled(delivery.ack()).await {
                 tracing::debug!(task.id = %key.task_id, "the delivery's channel is gone; it comes again");
             }
         }
@@ -316,7 +320,7 @@ impl Worker {
         }
         for delivery in self.active.leave(&arrival.key) {
             // A delivery whose channel is gone is back at the broker already.
-            let _ = delivery.requeue().await;
+            settled(delivery.requeue()).await;
         }
     }
 
@@ -343,9 +347,9 @@ impl Worker {
     /// Settles a delivery that never became a task in hand.
     async fn finish(&self, delivery: Delivery, done: Result<(), Interrupted>) {
         // A delivery whose channel is gone comes again.
-        let _ = match done {
-            Ok(()) => delivery.ack().await,
-            Err(_) => delivery.requeue().await,
+        match done {
+            Ok(()) => settled(delivery.ack()).await,
+            Err(_) => settled(delivery.requeue()).await,
         };
         self.settled_one(None).await;
     }
@@ -363,4 +367,9 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+/// Waits until a delivery is settled; false where its channel is gone, or nobody answers any more: it comes again.
+async fn settled(settling: impl Future<Output = Result<(), StaleDelivery>>) -> bool {
+    matches!(tokio::time::timeout(SETTLING, settling).await, Ok(Ok(())))
 }

@@ -15,6 +15,8 @@ use crate::{
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
 /// How long a publish of a non-terminal event may hold up the end.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long it may take until what was not handed out is back at the broker.
+const GIVING_BACK: Duration = Duration::from_secs(5);
 /// Starts in a row that did not end cleanly, after which one delivery is taken at a time.
 const UNCLEAN_LIMIT: u32 = 2;
 /// The note that counts unclean starts.
@@ -188,6 +190,9 @@ impl Worker {
             let ended = self.take_until(&mut consumer).await;
             // What was not handed out goes back by this; what is in hand can still be settled.
             consumer.stop();
+            // Before it is back the next consumer would be given what is behind it.
+            let mut session = consumer.health();
+            let _ = tokio::time::timeout(GIVING_BACK, async { while session.changed().await.is_ok() {} }).await;
             drop(consumer);
             self.readiness.send_modify(|readiness| readiness.consuming = false);
             tracing::info!(reason = ?ended, "not consuming");
