@@ -12,7 +12,9 @@ use std::{error::Error, sync::Arc, time::Duration};
 
 use haul::{
     broker::{Names, rabbitmq::RabbitMq, settings::BrokerSettings},
-    master::{Client, ClientSettings, Heard, Interest, Live, News, Projection, Reconciler, ReconcilerSettings, Submission},
+    master::{
+        Client, ClientSettings, Heard, Interest, Live, News, Projection, Reconciler, ReconcilerSettings, Submission,
+    },
     protocol::{NodeName, Status, TaskId},
 };
 use jiff::Timestamp;

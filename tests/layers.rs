@@ -205,9 +205,7 @@ fn words_and_decisions_know_no_runtime_no_clock_and_no_chance() {
     for path in PURE_FILES {
         assert!(sources.iter().any(|source| source.path == *path), "{path} is not where it was");
     }
-    let pure = |source: &&Source| {
-        PURE.contains(&source.module.as_str()) || PURE_FILES.contains(&source.path.as_str())
-    };
+    let pure = |source: &&Source| PURE.contains(&source.module.as_str()) || PURE_FILES.contains(&source.path.as_str());
     for source in sources.iter().filter(pure) {
         for library in IMPURE {
             assert!(!names_library(&source.code, library), "{} names {library}", source.path);

@@ -12,7 +12,6 @@ use serde_json::json;
 
 use super::{connect, error::CliError, follow::Following, output, wait};
 use crate::{
-    broker::{Broker, Names},
     config::Config,
     master::{Client, ClientSettings, Interest, Patience, Reconciler, ReconcilerSettings, Submission, TaskRow},
     protocol::{Kind, NodeName, OnConflict, Priority, ProjectId, TaskId, TaskMessage, VERSION},
@@ -331,7 +330,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        broker::{Outgoing, memory::Memory},
+        broker::{Broker as _, Names, Outgoing, memory::Memory},
         protocol::{Event, ProjectStatus, Status, Task, wire::Message},
     };
 

@@ -195,7 +195,10 @@ pub fn diagnose<'a>(
     patience: &Patience,
     now: Timestamp,
 ) -> Vec<Stuck> {
-    rows.into_iter().filter(|row| is_overdue(row, patience, now)).map(|row| Look { row, seen, patience, now }.stuck()).collect()
+    rows.into_iter()
+        .filter(|row| is_overdue(row, patience, now))
+        .map(|row| Look { row, seen, patience, now }.stuck())
+        .collect()
 }
 
 /// Whether a task has not ended and was silent for longer than is usual.
@@ -239,9 +242,7 @@ impl Look<'_> {
             return (retry, Mend::Wait);
         }
         match &node.agent {
-            AgentSeen::Away if queue.consumers == 0 => {
-                (Why::NodeDown { waiting: queue.messages }, Mend::StartAgent)
-            }
+            AgentSeen::Away if queue.consumers == 0 => (Why::NodeDown { waiting: queue.messages }, Mend::StartAgent),
             AgentSeen::Away | AgentSeen::Silent => (Why::AgentSilent, Mend::LookAfterAgent),
             AgentSeen::Said(agent) => self.at_agent(queue, agent),
         }

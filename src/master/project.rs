@@ -87,7 +87,9 @@ impl Age {
     /// its storage and counts from the beginning. Where nothing was lost both say the same.
     fn is_newer_than(&self, other: &Self) -> bool {
         let begun_anew = match (self.applied, other.applied) {
-            (Some(ours), Some(theirs)) if ours != theirs => Some(ours > theirs).filter(|&newer| newer == (self.at > other.at)),
+            (Some(ours), Some(theirs)) if ours != theirs => {
+                Some(ours > theirs).filter(|&newer| newer == (self.at > other.at))
+            }
             _ => None,
         };
         let counted = || (self.project_seq, self.at, &self.event_id) > (other.project_seq, other.at, &other.event_id);

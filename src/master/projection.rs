@@ -4,7 +4,11 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 
-use super::{Submission, project::ProjectRow, task::{TaskChange, TaskRow}};
+use super::{
+    Submission,
+    project::ProjectRow,
+    task::{TaskChange, TaskRow},
+};
 use crate::protocol::{Event, NodeName, ProjectId, ProjectStatus, TaskId};
 
 /// Every task and project that was published or heard of.

@@ -35,7 +35,9 @@ pub enum Unpublished {
         reason: String,
     },
     /// It was sent, and no confirm came: the node may get it, or not.
-    #[error("not confirmed for {node} within {within:?}: {reason}; it may have arrived: publish it again with the same task_id")]
+    #[error(
+        "not confirmed for {node} within {within:?}: {reason}; it may have arrived: publish it again with the same task_id"
+    )]
     InDoubt {
         /// The node.
         node: NodeName,
@@ -45,7 +47,9 @@ pub enum Unpublished {
         reason: String,
     },
     /// The node's queue refuses messages.
-    #[error("the queue of {node} took nothing within {within:?}: it is full, or has no leader; see haul topology doctor")]
+    #[error(
+        "the queue of {node} took nothing within {within:?}: it is full, or has no leader; see haul topology doctor"
+    )]
     Refused {
         /// The node.
         node: NodeName,

@@ -80,7 +80,11 @@ impl Received {
     pub async fn give_back(self) -> Result<(), StaleDelivery> {
         match self.news {
             News::Unreadable { reason, .. } => {
-                tracing::warn!(message.id = self.delivery.message.message_id, reason, "an unreadable message is dropped");
+                tracing::warn!(
+                    message.id = self.delivery.message.message_id,
+                    reason,
+                    "an unreadable message is dropped"
+                );
                 self.delivery.ack().await
             }
             News::Event(_) | News::Answer(_) => self.delivery.requeue().await,

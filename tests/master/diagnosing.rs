@@ -6,7 +6,8 @@ use haul::{
     broker::{Broker as _, Consume, Depth, Topology},
     failure::ErrorClass,
     master::{
-        AgentSeen, Mend, NodeSeen, Patience, Reconciler, ReconcilerSettings, Seen, Stuck, Submission, TaskRow, Why, diagnose,
+        AgentSeen, Mend, NodeSeen, Patience, Reconciler, ReconcilerSettings, Seen, Stuck, Submission, TaskRow, Why,
+        diagnose,
     },
     protocol::{Control, ControlAnswer, Event, HostState, Status, TaskId},
     retry::RetrySettings,
@@ -321,7 +322,10 @@ fn a_host_that_is_down_is_the_reason_and_costs_nothing() {
     };
     let hosts = |hosts: Vec<HostState>| said(|answer| answer.hosts = Some(hosts));
     let stuck = only(&retrying, &seen(idle(), hosts(vec![down("git.example:443")])));
-    assert!(matches!(&stuck.why, Why::HostPaused { host, until, .. } if host == "git.example:443" && *until == due), "{stuck}");
+    assert!(
+        matches!(&stuck.why, Why::HostPaused { host, until, .. } if host == "git.example:443" && *until == due),
+        "{stuck}"
+    );
     assert_eq!(stuck.mend, Mend::Wait);
     // Of two it cannot be told which one is the task's, and it is in retry in any case.
     let stuck = only(&retrying, &seen(idle(), hosts(vec![down("a"), down("b")])));

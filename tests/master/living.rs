@@ -150,10 +150,8 @@ async fn a_reconciler_tells_a_paused_a_stopped_and_a_vanished_agent_apart() {
     master.publish(&task).await;
     assert_eq!(master.explained(&task).await.why, Why::Paused);
     agent.kill().await;
-    eventually("the node is down", async || {
-        matches!(master.explained(&task).await.why, Why::NodeDown { waiting: 1 })
-    })
-    .await;
+    eventually("the node is down", async || matches!(master.explained(&task).await.why, Why::NodeDown { waiting: 1 }))
+        .await;
     // A pause survives a restart.
     agent.start(&[]);
     eventually("the pause is known again", async || master.explained(&task).await.why == Why::Paused).await;

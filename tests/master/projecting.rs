@@ -226,22 +226,33 @@ fn the_shared_table_of_cases_holds() {
     assert!(cases.len() >= 12);
     for case in cases {
         let events: Vec<Event> = case["events"].as_array().unwrap().iter().map(|event| full(&table, event)).collect();
-        let orders = if case["any_order"] == true { permutations(events.len()) } else { vec![(0..events.len()).collect()] };
+        let orders =
+            if case["any_order"] == true { permutations(events.len()) } else { vec![(0..events.len()).collect()] };
         for order in orders {
             let known = applied(order.iter().map(|&index| &events[index]));
             for (id, expected) in case["tasks"].as_object().into_iter().flatten() {
                 let row = known.task(&TaskId::new(id.as_str()).unwrap()).unwrap();
-                holds(case, &order, expected, &serde_json::json!({"round": row.round(), "status": row.status(),
+                holds(
+                    case,
+                    &order,
+                    expected,
+                    &serde_json::json!({"round": row.round(), "status": row.status(),
                     "attempt": row.attempt(), "done": row.is_done(), "error": row.error().map(|error| error.class),
                     "head": row.result().and_then(|result| result.head.clone()),
-                    "phase": row.progress().map(|progress| progress.phase.clone())}));
+                    "phase": row.progress().map(|progress| progress.phase.clone())}),
+                );
             }
             for (key, expected) in case["projects"].as_object().into_iter().flatten() {
                 let (project, at) = key.split_once('@').unwrap();
                 let row = known.project(&node(at), project.parse().unwrap()).unwrap();
                 let place = row.place().cloned().unwrap_or_default();
-                holds(case, &order, expected, &serde_json::json!({"status": row.status(), "seq": row.project_seq(),
-                    "head": place.head, "branch": place.branch, "error": row.error().map(|error| error.class)}));
+                holds(
+                    case,
+                    &order,
+                    expected,
+                    &serde_json::json!({"status": row.status(), "seq": row.project_seq(),
+                    "head": place.head, "branch": place.branch, "error": row.error().map(|error| error.class)}),
+                );
             }
         }
     }

@@ -19,7 +19,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 #[tokio::test(start_paused = true)]
 async fn a_published_task_is_in_the_queue_of_its_node_with_its_trace() {
     let (memory, names) = fleet().await;
-    let task = Submission::pull(42).traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").build().unwrap();
+    let task =
+        Submission::pull(42).traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").build().unwrap();
     client(memory.clone()).publish(&node("n1"), &task).await.unwrap();
     let message = memory.messages(&names.node(&node("n1"))).remove(0);
     assert_eq!(message.traceparent(), Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"));
@@ -55,8 +56,8 @@ async fn a_broker_that_comes_back_within_the_deadline_gets_the_task() {
     let (memory, names) = fleet().await;
     let away = Away::new(memory.clone(), Link::Down);
     let client = client(away.clone());
-    let task = clone_of(1);
-    let (published, ()) = tokio::join!(client.publish_within(&node("n1"), &task, DEADLINE), async {
+    let (n1, task) = (node("n1"), clone_of(1));
+    let (published, ()) = tokio::join!(client.publish_within(&n1, &task, DEADLINE), async {
         tokio::time::sleep(DEADLINE - Duration::from_secs(1)).await;
         away.is_now(Link::Up);
     });
@@ -76,7 +77,8 @@ async fn a_lost_confirm_is_in_doubt_and_the_same_task_may_be_published_again() {
         assert_eq!(begun.elapsed(), DEADLINE);
         away.is_now(Link::Up);
         client.publish(&node("n1"), &task).await.unwrap();
-        let bodies: Vec<_> = memory.messages(&names.node(&node("n1"))).into_iter().map(|message| message.body).collect();
+        let bodies: Vec<_> =
+            memory.messages(&names.node(&node("n1"))).into_iter().map(|message| message.body).collect();
         assert_eq!(bodies.len(), 2);
         assert_eq!(bodies[0], bodies[1], "a duplicate to the byte");
     }
@@ -96,8 +98,8 @@ async fn a_queue_that_refuses_is_tried_until_the_deadline() {
     let client = client(memory.clone());
     let error = client.publish(&node("n1"), &clone_of(1)).await.unwrap_err();
     assert!(matches!(error, Unpublished::Refused { .. }), "{error}");
-    let task = clone_of(2);
-    let (published, ()) = tokio::join!(client.publish(&node("n1"), &task), async {
+    let (n1, task) = (node("n1"), clone_of(2));
+    let (published, ()) = tokio::join!(client.publish(&n1, &task), async {
         tokio::time::sleep(Duration::from_secs(3)).await;
         memory.set_limit(&names.node(&node("n1")), None);
     });
@@ -114,7 +116,8 @@ async fn without_the_fleets_exchanges_the_error_says_what_to_run() {
 #[tokio::test(start_paused = true)]
 async fn a_batch_is_answered_task_by_task_in_its_order() {
     let (memory, names) = fleet().await;
-    let tasks: Vec<_> = (0..2000).map(|number| (node(if number % 10 == 3 { "nobody" } else { "n1" }), clone_of(number))).collect();
+    let tasks: Vec<_> =
+        (0..2000).map(|number| (node(if number % 10 == 3 { "nobody" } else { "n1" }), clone_of(number))).collect();
     let settings = ClientSettings { in_flight: 64, ..ClientSettings::default() };
     let client = Client::new(std::sync::Arc::new(memory.clone()), Names::default(), settings);
     let answers = client.publish_all(tasks.clone()).await;

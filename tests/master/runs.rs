@@ -151,8 +151,7 @@ impl Sim {
             Step::History if task.succeeded_clone && !task.history_told && self.projects[&task.project].active => {
                 task.history_told = true;
                 self.tell(index, Status::History, ProjectStatus::Active);
-                self.last().result =
-                    Some(TaskResult { history: Some("attached".to_owned()), ..TaskResult::default() });
+                self.last().result = Some(TaskResult { history: Some("attached".to_owned()), ..TaskResult::default() });
             }
             Step::Replay if matches!(task.end, Some(Status::Failed)) => {
                 task.round += 1;
@@ -282,7 +281,8 @@ fn a_step() -> impl Strategy<Value = (usize, Step, i64)> {
 
 /// A run of some tasks, and the seconds by which a clock would be set at each of its steps.
 pub(crate) fn a_run() -> impl Strategy<Value = (Sim, Vec<(usize, Step, i64)>)> {
-    let kind = prop_oneof![4 => Just(Kind::Clone), 2 => Just(Kind::Pull), 2 => Just(Kind::Delete), 1 => Just(Kind::Status)];
+    let kind =
+        prop_oneof![4 => Just(Kind::Clone), 2 => Just(Kind::Pull), 2 => Just(Kind::Delete), 1 => Just(Kind::Status)];
     let task = (kind, 1_i64..3, proptest::option::of(1_u64..6));
     (proptest::collection::vec(task, 1..6).prop_map(Sim::new), proptest::collection::vec(a_step(), 1..60))
 }

@@ -13,7 +13,9 @@ impl fmt::Display for Stuck {
             Mend::PublishAgain => {
                 format!("task {task_id} on {node}: {why}; publish it again with the same task_id, it is not done twice")
             }
-            Mend::StartAgent => format!("task {task_id} on {node}: {why}; start the agent, the task is safe until then"),
+            Mend::StartAgent => {
+                format!("task {task_id} on {node}: {why}; start the agent, the task is safe until then")
+            }
             Mend::EnrolAndPublishAgain => format!(
                 "task {task_id} on {node}: {why}; start its agent or run haul topology apply --node {node}, then \
                  publish the task again with the same task_id"
@@ -22,7 +24,9 @@ impl fmt::Display for Stuck {
             Mend::LookAfterAgent => {
                 format!("task {task_id} on {node}: {why}; look at its process and its log, and restart it if it hangs")
             }
-            Mend::ReadEvents => format!("task {task_id} on {node}: {why}; let the master read its queue of events first"),
+            Mend::ReadEvents => {
+                format!("task {task_id} on {node}: {why}; let the master read its queue of events first")
+            }
         };
         f.write_str(&printable(&sentence))
     }
@@ -61,12 +65,18 @@ impl fmt::Display for Why {
                 write!(f, "it runs, and has said nothing for {silent_secs} s; its deadline and stall limit end it")
             }
             Self::DeadLettered(dead) => {
-                write!(f, "it failed for good ({}: {}) and is a dead letter, but its end was not heard", dead.class, dead.error)
+                write!(
+                    f,
+                    "it failed for good ({}: {}) and is a dead letter, but its end was not heard",
+                    dead.class, dead.error
+                )
             }
             Self::EventsUnread { waiting } => {
                 write!(f, "{waiting} events wait in the master's own queue, its end perhaps among them")
             }
-            Self::EndMissed => f.write_str("the agent knew it and has nothing to do with it any more: its end was not heard"),
+            Self::EndMissed => {
+                f.write_str("the agent knew it and has nothing to do with it any more: its end was not heard")
+            }
             Self::Lost => f.write_str("neither a queue nor the agent has it, and nothing was heard of it"),
         }
     }
