@@ -143,7 +143,7 @@ mod tests {
             (json!([]), "invalid"),
             (json!({}), "missing field"),
             (with("status", json!("dreaming")), "dreaming"),
-            (with("at", json!("yesterday")), "yesterday"),
+            (with("at", json!("yesterday")), "year"),
             (with("v", json!(2)), "version 2"),
         ] {
             let News::Unreadable { message, reason } = read(&body) else { panic!("{body} was read") };
