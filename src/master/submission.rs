@@ -55,7 +55,6 @@ pub enum OfStatus {}
 
 impl Submission {
     /// Make a project of `git_url`, in the directory `target_path` of the node.
-    #[expect(clippy::should_implement_trait, reason = "it is the name of the task")]
     pub fn clone(project: ProjectId, git_url: impl Into<String>, target_path: impl Into<String>) -> Draft<OfClone> {
         let mut draft = Draft::new(Kind::Clone, project);
         draft.task.git_url = Some(git_url.into());

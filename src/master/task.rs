@@ -148,12 +148,11 @@ impl TaskRow {
             (self.end, self.history) = (None, None);
         }
         let change = if event.status == Status::History {
-            match &self.history {
-                Some(_) => Nothing(Ignored::Again),
-                None => {
-                    self.history = Some(Box::new(event.clone()));
-                    HistoryTold
-                }
+            if self.history.is_some() {
+                Nothing(Ignored::Again)
+            } else {
+                self.history = Some(Box::new(event.clone()));
+                HistoryTold
             }
         } else if let Some(end) = &self.end {
             Nothing(match event.status.is_terminal() {

@@ -58,7 +58,7 @@ async fn a_broker_that_comes_back_within_the_deadline_gets_the_task() {
     let client = client(away.clone());
     let (n1, task) = (node("n1"), clone_of(1));
     let (published, ()) = tokio::join!(client.publish_within(&n1, &task, DEADLINE), async {
-        tokio::time::sleep(DEADLINE - Duration::from_secs(1)).await;
+        tokio::time::sleep(DEADLINE.mul_f64(0.9)).await;
         away.is_now(Link::Up);
     });
     published.unwrap();
