@@ -39,9 +39,7 @@ pub enum Untold {
         reason: String,
     },
     /// The agent is away, or its answer was lost.
-    #[error(
-        "{node} did not answer within {within:?}; any command but inspect waits in its queue until its agent is there"
-    )]
+    #[error("{node} did not answer within {within:?}; a command may still be obeyed when its agent is there")]
     NoAnswer {
         /// The node.
         node: NodeName,

@@ -133,8 +133,8 @@ impl Client {
     /// Tells an agent something and waits for its answer: cancel a task, pause, resume, drain, inspect.
     ///
     /// # Errors
-    /// When there is no such agent, it refuses, or it does not answer in time. All but an inspection waits in the agent's
-    /// queue then, and is obeyed when it is back; each may be told again.
+    /// When there is no such agent, it refuses, or it does not answer in time. A command may then still be obeyed when the
+    /// agent is back, an inspection is forgotten; each may be told again.
     pub async fn tell(&self, node: &NodeName, control: Control) -> Result<ControlAnswer, Untold> {
         self.tell_within(node, control, self.shared.settings.answer_within).await
     }
