@@ -104,14 +104,16 @@ async fn a_live_subscription_has_progress_and_says_when_it_missed_something() {
     });
     let progress = progress.into_iter().next().unwrap();
     tell(&memory, Message::event(&progress, None), &progress.routing_key()).await;
-    assert_eq!(live.next().await, Some(Heard::News(News::Event(Box::new(progress)))));
+    let mut next =
+        async || tokio::time::timeout(Duration::from_mins(1), live.next()).await.expect("something is heard");
+    assert_eq!(next().await, Some(Heard::News(News::Event(Box::new(progress)))));
     assert!(memory.messages(&names.master_event()).is_empty(), "progress is not kept for anybody");
     memory.cut();
-    assert_eq!(live.next().await, Some(Heard::Gap));
+    assert_eq!(next().await, Some(Heard::Gap));
     // Lost and back while nobody looked.
     memory.cut();
     tokio::time::sleep(Duration::from_secs(5)).await;
-    assert_eq!(live.next().await, Some(Heard::Gap));
+    assert_eq!(next().await, Some(Heard::Gap));
 }
 
 /// Answers every command of node `n1` as an agent would, after dropping the first `ignored`.
