@@ -196,7 +196,11 @@ impl Client {
     /// # Errors
     /// When the broker cannot be reached, or has no such queue: [`declare`](Self::declare) makes it.
     pub async fn results(&self) -> Result<Results, BrokerError> {
-        Results::start(self.broker(), self.results_queue(), self.shared.settings.prefetch).await
+        let queue = self.results_queue();
+        if queue.is_empty() {
+            return Err(BrokerError::Settings("the results queue has no name: there is nothing to read".to_owned()));
+        }
+        Results::start(self.broker(), queue, self.shared.settings.prefetch).await
     }
 
     /// The live subscription: progress too, from now on, for as long as it is held.
