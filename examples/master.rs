@@ -6,9 +6,9 @@
 //! What it knows is in memory, so the live subscription is enough for it. A master that keeps its rows in a database reads
 //! the durable queue instead, and commits before it acknowledges: the documentation of `haul::master` shows that.
 
-#![expect(clippy::print_stdout, reason = "it is a program for a terminal")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "it is a program for a terminal")]
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{error::Error, process::ExitCode, sync::Arc, time::Duration};
 
 use haul::{
     broker::{Names, rabbitmq::RabbitMq, settings::BrokerSettings},
@@ -20,7 +20,17 @@ use haul::{
 use jiff::Timestamp;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [node, project, url, path] = &arguments[..] else {
         return Err("give a node, a project's number, the URL of its upstream, and its directory".into());

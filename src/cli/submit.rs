@@ -268,7 +268,8 @@ pub(super) async fn run(config: Config, command: SubmitCommand) -> Result<u8, Cl
     }
     let broker = connect(&config).await?;
     let settings = ClientSettings {
-        results_queue: config.results.queue.clone(),
+        // It follows live: what waits in a master's queue says nothing of what it has heard.
+        results_queue: Some(String::new()),
         deadline: config.broker.confirm_timeout,
         ..ClientSettings::default()
     };
@@ -306,7 +307,7 @@ async fn submit(client: &Client, args: &TaskArgs, task: &Submission) -> Result<u
         }
         Err(CliError::TimedOut(sentence)) => {
             let why = explain(client, view.row().unwrap_or(row)).await;
-            Err(CliError::TimedOut(why.map_or(sentence.clone(), |why| format!("{sentence}\n{why}"))))
+            Err(CliError::TimedOut(why.map_or(sentence.clone(), |why| format!("{sentence}; {why}"))))
         }
         Err(error) => Err(error),
     }
