@@ -114,7 +114,9 @@ async fn an_agent_is_paused_resumed_and_drained() {
     let mut agent = started().await;
     haul(&agent, "pause --node n1").is(0, "pause paused");
     haul(&agent, "inspect --node n1").is(0, ", paused");
-    haul(&agent, "submit status --node n1 --project-id 1 --wait --timeout 1s").is(6, "haul events --task");
+    haul(&agent, "submit status --node n1 --project-id 1 --wait --timeout 1s")
+        .is(6, "haul events --task")
+        .is(6, "the node's agent is paused and takes no tasks; run haul resume --node n1");
     haul(&agent, "resume --node n1").is(0, "resume resumed");
     assert_eq!(haul(&agent, "inspect --node n1 --json").is(0, "").json()[0]["paused"], false);
     haul(&agent, "drain --node n1").is(0, "drain draining");

@@ -252,7 +252,7 @@ async def drive(arguments: argparse.Namespace) -> None:
         check(not directory.exists(), "the directory of a deleted project is gone")
         print("delete   gone")
 
-    check(agent.projection.projects[project_id].status == "DELETED", "the projection agrees")
+    check(agent.projection.project(project_id).status == "DELETED", "the projection agrees")
     ends: dict[tuple[str, int], set[str]] = {}
     for event in agent.events:
         if event["status"] in TERMINAL:

@@ -136,7 +136,7 @@ class Master:
 
     async def submit(self, kind: str, project_id: int, request: TaskRequest) -> dict[str, Any]:
         fields = request.model_dump(exclude={"node", "task_id"}, exclude_none=True)
-        known = self.projection.projects.get(project_id)
+        known = self.projection.project(project_id)
         node = request.node or (known.node if known else None)
         if node is None:
             raise HTTPException(422, "which node? the project is not known yet")
@@ -200,7 +200,7 @@ async def cancel(task_id: str, request: Request):
 
 @app.get("/projects/{project_id}")
 async def project(project_id: int, request: Request):
-    known = master(request).projection.projects.get(project_id)
+    known = master(request).projection.project(project_id)
     if known is None:
         raise HTTPException(404, "no such project")
     return known.as_json()

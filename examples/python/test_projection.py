@@ -1,15 +1,21 @@
 """Each of the four rules, and what would go wrong without it."""
 
 import itertools
+import json
+import pathlib
+
+import pytest
 
 from projection import Projection
+
+TABLE = json.loads((pathlib.Path(__file__).parents[2] / "tests" / "master" / "cases.json").read_text())
 
 
 def event(status, project_status="SYNCING", **fields):
     return {
         "v": 1,
         "event_id": f"{status}-{fields}",
-        "at": "2026-01-01T00:00:00Z",
+        "at": f"2026-01-01T00:{fields.get('seq', 1):02d}:00Z" if fields.get("seq", 1) < 60 else "2026-01-01T02:00:00.5Z",
         "node": "worker-001",
         "boot": "boot-1",
         "seq": 1,
@@ -44,10 +50,10 @@ def test_a_task_goes_from_published_to_its_end():
     for each in (ACCEPTED, STARTED, PROGRESS):
         assert projection.apply(each)
     assert task.progress["phase"] == "receiving"
-    assert projection.projects[42].status == "SYNCING"
+    assert projection.project(42).status == "SYNCING"
     assert projection.apply(SUCCEEDED)
     assert task.is_done and task.progress is None and task.result["local_path"] == "7_app"
-    assert projection.projects[42].as_json()["status"] == "ACTIVE"
+    assert projection.project(42).as_json()["status"] == "ACTIVE"
 
 
 def test_the_state_is_the_same_in_every_order_of_arrival():
@@ -55,8 +61,8 @@ def test_the_state_is_the_same_in_every_order_of_arrival():
     for order in itertools.permutations(events):
         projection = applied(*order)
         assert projection.tasks["t1"].status == "succeeded", order
-        assert projection.projects[42].status == "ACTIVE", order
-        assert projection.projects[42].head == "a" * 40
+        assert projection.project(42).status == "ACTIVE", order
+        assert projection.project(42).place("head") == "a" * 40
 
 
 def test_the_first_terminal_event_of_a_round_wins():
@@ -78,7 +84,7 @@ def test_a_higher_round_replaces_a_lower_one_and_never_the_other_way_round():
     projection.apply(replayed)
     assert not projection.apply(failed)
     assert projection.tasks["t1"].status == "succeeded"
-    assert projection.projects[42].status == "ACTIVE" and projection.projects[42].error is None
+    assert projection.project(42).status == "ACTIVE" and projection.project(42).error is None
 
 
 def test_a_terminal_event_beats_others_of_its_round_whatever_its_number():
@@ -86,7 +92,7 @@ def test_a_terminal_event_beats_others_of_its_round_whatever_its_number():
     projection = applied(late, event("failed", "ERROR", seq=1, error={"class": "crashed", "message": "x"}))
     assert projection.tasks["t1"].status == "failed"
     assert not projection.apply(event("progress", seq=100))
-    assert projection.projects[42].status == "ERROR"
+    assert projection.project(42).status == "ERROR"
 
 
 def test_numbers_order_events_of_one_start_of_the_agent_only():
@@ -100,15 +106,16 @@ def test_an_older_project_sequence_does_not_touch_the_project():
     newer = event("succeeded", "DELETED", task_id="t2", kind="delete", project_seq=5, result={})
     projection = applied(newer, SUCCEEDED)
     assert projection.tasks["t1"].status == "succeeded", "the task itself is told all the same"
-    assert projection.projects[42].status == "DELETED" and projection.projects[42].head is None
+    assert projection.project(42).status == "DELETED" and projection.project(42).place("head") is None
 
 
 def test_an_equal_project_sequence_does():
-    failed = event("failed", "ACTIVE", task_id="t2", kind="pull", project_seq=1, error={"class": "network", "message": "x"})
-    projection = applied(SUCCEEDED, event("started", task_id="t2", kind="pull", project_seq=1), failed)
-    assert projection.projects[42].status == "ACTIVE"
-    assert projection.projects[42].error["class"] == "network"
-    assert projection.projects[42].head == "a" * 40
+    fields = {"task_id": "t2", "kind": "pull", "project_seq": 1}
+    failed = event("failed", "ACTIVE", seq=6, error={"class": "network", "message": "x"}, **fields)
+    projection = applied(SUCCEEDED, event("started", seq=5, **fields), failed)
+    assert projection.project(42).status == "ACTIVE"
+    assert projection.project(42).error["class"] == "network"
+    assert projection.project(42).place("head") == "a" * 40
 
 
 def test_history_after_the_end_changes_nothing_of_the_end():
@@ -121,3 +128,34 @@ def test_history_after_the_end_changes_nothing_of_the_end():
 def test_unknown_fields_are_ignored():
     projection = applied(SUCCEEDED | {"something_new": {"x": 1}})
     assert projection.tasks["t1"].is_done
+
+
+@pytest.mark.parametrize("case", TABLE["cases"], ids=lambda case: case["name"])
+def test_the_table_of_cases_that_haul_itself_is_held_to(case):
+    """In the order given or, where the case says so, in every order."""
+    events = [TABLE["defaults"] | {"event_id": json.dumps(each)} | each for each in case["events"]]
+    for order in itertools.permutations(events) if case["any_order"] else [events]:
+        projection = applied(*order)
+        for task_id, expected in case.get("tasks", {}).items():
+            task = projection.tasks[task_id]
+            known = {
+                "round": task.round,
+                "status": task.status,
+                "attempt": task.attempt,
+                "done": task.is_done,
+                "error": task.error and task.error["class"],
+                "head": (task.result or {}).get("head"),
+                "phase": task.progress and task.progress["phase"],
+            }
+            assert {name: known[name] for name in expected} == expected, [each["status"] for each in order]
+        for key, expected in case.get("projects", {}).items():
+            project_id, node = key.split("@")
+            project = projection.projects[int(project_id), node]
+            known = {
+                "status": project.status,
+                "seq": project.project_seq,
+                "head": project.place("head"),
+                "branch": project.place("branch"),
+                "error": project.error and project.error["class"],
+            }
+            assert {name: known[name] for name in expected} == expected, [each["status"] for each in order]

@@ -246,7 +246,8 @@ async fn sessions(
     mut hold: Arc<Hold>,
 ) {
     loop {
-        health.send_replace(Health::Up);
+        // Who follows takes a change to what was before for a loss and a return.
+        health.send_if_modified(|old| std::mem::replace(old, Health::Up) != Health::Up);
         loop {
             let Some(shared) = broker.upgrade() else { return inbox.close() };
             let ended = shared.ended.notified();

@@ -4,6 +4,7 @@ use crate::{
     broker::{BrokerError, PublishError},
     config::ConfigError,
     lock::LockError,
+    master::Unpublished,
     protocol::NodeName,
     shutdown::exit,
     store::JournalError,
@@ -25,6 +26,9 @@ pub(super) enum CliError {
     /// A message was not taken.
     #[error("{0}; is the topology in place? `haul topology doctor` tells")]
     Publish(#[from] PublishError),
+    /// A task was not published.
+    #[error(transparent)]
+    Unpublished(#[from] Unpublished),
     /// No queue takes what is sent to this node.
     #[error("node {node} is not enrolled: start its agent, or run haul topology apply --node {node}")]
     NotEnrolled {
@@ -75,11 +79,14 @@ impl CliError {
     pub(super) fn code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Usage(_) | Self::Broker(BrokerError::Settings(_)) => exit::USAGE,
-            Self::NotEnrolled { .. } | Self::Refused(_) => exit::TASK,
+            Self::NotEnrolled { .. } | Self::Refused(_) | Self::Unpublished(Unpublished::NotEnrolled { .. }) => {
+                exit::TASK
+            }
             Self::TimedOut(_) => exit::TIMED_OUT,
             Self::Lock(LockError::Held { .. }) | Self::AgentRuns { .. } => exit::LOCKED,
             Self::Broker(_)
             | Self::Publish(_)
+            | Self::Unpublished(_)
             | Self::Worker(WorkerError::Broker(_) | WorkerError::Topology { .. }) => exit::BROKER,
             Self::Output { .. }
             | Self::Projects(_)

@@ -1,17 +1,18 @@
 //! `haul events`: follows the results exchange.
 
-use clap::{Args, builder::PossibleValuesParser};
+use clap::Args;
 
 use super::{
     connect,
     error::CliError,
     follow::{Following, News},
-    output,
+    output, submit,
     words::{self, event_line},
 };
 use crate::{
     config::Config,
-    protocol::{NodeName, TaskId},
+    master::Interest,
+    protocol::{Kind, NodeName, Status, TaskId},
 };
 
 const EXAMPLES: &str = "\
@@ -30,11 +31,11 @@ pub(super) struct EventsArgs {
     #[arg(long, value_name = "NODE")]
     node: Vec<NodeName>,
     /// Only events of tasks of this kind; may be repeated.
-    #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(words::KINDS))]
-    kind: Vec<String>,
+    #[arg(long, value_name = "KIND", value_parser = submit::words::<Kind>(words::KINDS))]
+    kind: Vec<Kind>,
     /// Only events with this status; may be repeated.
-    #[arg(long, value_name = "STATUS", value_parser = PossibleValuesParser::new(words::STATUSES))]
-    status: Vec<String>,
+    #[arg(long, value_name = "STATUS", value_parser = submit::words::<Status>(words::STATUSES))]
+    status: Vec<Status>,
     /// Only events of this task; may be repeated.
     #[arg(long, value_name = "TASK")]
     task: Vec<TaskId>,
@@ -58,16 +59,9 @@ pub(super) async fn run(config: Config, args: EventsArgs) -> Result<u8, CliError
 impl EventsArgs {
     /// The routing keys to ask the broker for.
     fn patterns(&self) -> Vec<String> {
-        let nodes: Vec<&str> = words::or_any(self.node.iter().map(NodeName::as_str));
-        let kinds: Vec<&str> = words::or_any(self.kind.iter().map(String::as_str));
-        let statuses: Vec<&str> = words::or_any(self.status.iter().map(String::as_str));
-        let mut patterns = Vec::new();
-        for node in &nodes {
-            for kind in &kinds {
-                patterns.extend(statuses.iter().map(|status| format!("{node}.{kind}.{status}")));
-            }
-        }
-        patterns
+        let interest = self.node.iter().fold(Interest::all(), Interest::node);
+        let interest = self.kind.iter().fold(interest, |interest, &kind| interest.kind(kind));
+        self.status.iter().fold(interest, |interest, &status| interest.status(status)).patterns()
     }
 
     fn print(&self, news: &News) -> Result<(), CliError> {

@@ -12,12 +12,9 @@ use serde_json::json;
 
 use super::{connect, error::CliError, follow::Following, output, wait};
 use crate::{
-    broker::{Broker, Names, Outgoing, PublishError},
     config::Config,
-    protocol::{
-        Kind, NodeName, OnConflict, Priority, ProjectId, Task, TaskId, TaskMessage, VERSION,
-        wire::{Message, header},
-    },
+    master::{Client, ClientSettings, Interest, Patience, Reconciler, ReconcilerSettings, Submission, TaskRow},
+    protocol::{Kind, NodeName, OnConflict, Priority, ProjectId, TaskId, TaskMessage, VERSION},
     shutdown::exit,
 };
 
@@ -31,6 +28,9 @@ Examples:
 const AFTER: &str = "\
 Without --wait it ends once the broker has the task. With --wait it ends with the task: code 0 if it succeeded, \
 4 if it did not, 6 if --timeout was over first (the task goes on).";
+
+/// How long the broker and the agent may take to tell why a task has not ended.
+const EXPLAINED_WITHIN: Duration = Duration::from_secs(8);
 
 /// What to submit.
 #[derive(Debug, Subcommand)]
@@ -179,7 +179,7 @@ pub(super) struct StatusArgs {
 }
 
 /// A parser for a closed set of words of the contract.
-fn words<T: DeserializeOwned + Clone + Send + Sync + 'static>(
+pub(super) fn words<T: DeserializeOwned + Clone + Send + Sync + 'static>(
     words: impl IntoIterator<Item = &'static str>,
 ) -> impl TypedValueParser<Value = T> {
     PossibleValuesParser::new(words).try_map(|word| serde_json::from_value::<T>(json!(word)))
@@ -261,56 +261,68 @@ impl SubmitCommand {
 pub(super) async fn run(config: Config, command: SubmitCommand) -> Result<u8, CliError> {
     let (args, task) = command.into_parts();
     // The agent would refuse it with the same words, later.
-    Task::try_from(task.clone()).map_err(|failure| CliError::Usage(failure.message))?;
+    let task = Submission::checked(task).map_err(|failure| CliError::Usage(failure.message))?;
     if args.dry_run {
-        output::json(&task)?;
+        output::json(task.task())?;
         return Ok(exit::OK);
     }
     let broker = connect(&config).await?;
-    let code = submit(&broker, &config.names(), &args, &task).await;
+    let settings = ClientSettings {
+        // It follows live: what waits in a master's queue says nothing of what it has heard.
+        results_queue: Some(String::new()),
+        deadline: config.broker.confirm_timeout,
+        ..ClientSettings::default()
+    };
+    let client = Client::new(Arc::clone(&broker), config.names(), settings);
+    let code = submit(&client, &args, &task).await;
     broker.close().await;
     code
 }
 
-async fn submit(broker: &Arc<dyn Broker>, names: &Names, args: &TaskArgs, task: &TaskMessage) -> Result<u8, CliError> {
-    let outgoing = outgoing(names, &args.node, task);
+async fn submit(client: &Client, args: &TaskArgs, task: &Submission) -> Result<u8, CliError> {
+    let (id, kind) = (task.task_id(), task.kind());
     if !args.wait {
-        publish(broker, &args.node, outgoing).await?;
+        client.publish(&args.node, task).await?;
         if args.json {
-            output::json(&json!({"task_id": task.task_id, "node": args.node, "kind": task.kind}))?;
+            output::json(&json!({"task_id": id, "node": args.node, "kind": kind}))?;
         } else {
-            output::line(&format!(
-                "{} of project {} published to {}: task {}",
-                task.kind, task.project_id, args.node, task.task_id
-            ))?;
+            let project = task.project_id();
+            output::line(&format!("{kind} of project {project} published to {}: task {id}", args.node))?;
         }
         return Ok(exit::OK);
     }
     // Subscribed before the task is published: no event of it can be missed.
-    let pattern = format!("{}.{}.*", args.node, task.kind);
-    let mut following = Following::start(broker, names, &[pattern]).await?;
-    publish(broker, &args.node, outgoing.clone()).await?;
-    let again = || async {
-        // A duplicate is answered with what is known: nothing is done twice.
-        publish(broker, &args.node, outgoing.clone()).await
-    };
+    let interest = Interest::all().node(&args.node).kind(kind);
+    let mut following = Following::start(client.broker(), client.names(), &interest.patterns()).await?;
+    let mut row = TaskRow::wanted(&args.node, task, Timestamp::now());
+    client.publish(&args.node, task).await?;
+    row.confirm(Timestamp::now());
+    // A duplicate is answered with what is known: nothing is done twice.
+    let again = || async { Ok(client.publish(&args.node, task).await?) };
     let view = wait::View::new(args.json);
-    let event = wait::outcome(&mut following, &task.task_id, args.timeout, &view, again).await?;
-    view.end(&event)?;
-    Ok(wait::code(event.status))
+    match wait::outcome(&mut following, id, args.timeout, &view, again).await {
+        Ok(event) => {
+            view.end(&event)?;
+            Ok(wait::code(event.status))
+        }
+        Err(CliError::TimedOut(sentence)) => {
+            let why = explain(client, view.row().unwrap_or(row)).await;
+            Err(CliError::TimedOut(why.map_or(sentence.clone(), |why| format!("{sentence}; {why}"))))
+        }
+        Err(error) => Err(error),
+    }
 }
 
-fn outgoing(names: &Names, node: &NodeName, task: &TaskMessage) -> Outgoing {
-    let mut message = Message::task(task, Timestamp::now());
-    message.set(header::TRACEPARENT, wait::traceparent());
-    Outgoing { exchange: names.task(), routing_key: node.to_string(), message, mandatory: true }
-}
-
-async fn publish(broker: &Arc<dyn Broker>, node: &NodeName, outgoing: Outgoing) -> Result<(), CliError> {
-    broker.publish(outgoing).await.map_err(|error| match error {
-        PublishError::Unroutable { .. } => CliError::NotEnrolled { node: node.clone() },
-        other => CliError::Publish(other),
-    })
+/// Why the task has not ended, as far as the broker and the agent tell.
+async fn explain(client: &Client, row: TaskRow) -> Option<String> {
+    let settings = ReconcilerSettings {
+        patience: Patience { quiet: Duration::ZERO, ..Patience::default() },
+        ..ReconcilerSettings::default()
+    };
+    let reconciler = Reconciler::new(client.clone(), settings);
+    let asking = reconciler.reconcile([&row], Timestamp::now());
+    let stuck = tokio::time::timeout(EXPLAINED_WITHIN, asking).await.ok()?.ok()?;
+    stuck.first().map(ToString::to_string)
 }
 
 #[cfg(test)]
@@ -319,8 +331,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        broker::memory::Memory,
-        protocol::{Event, ProjectStatus, Status},
+        broker::{Broker as _, Names, Outgoing, memory::Memory},
+        protocol::{Event, ProjectStatus, Status, Task, wire::Message},
     };
 
     #[derive(Parser)]
@@ -371,17 +383,18 @@ mod tests {
         }
     }
 
-    fn submission(line: &str) -> (TaskArgs, TaskMessage) {
+    fn submission(line: &str) -> (TaskArgs, Submission) {
         let words = format!("submit {line}");
-        Line::try_parse_from(words.split(' ')).unwrap().command.into_parts()
+        let (args, task) = Line::try_parse_from(words.split(' ')).unwrap().command.into_parts();
+        (args, Submission::checked(task).unwrap())
     }
 
-    async fn enrolled(node: &str) -> (Arc<dyn Broker>, Memory, Names) {
+    async fn enrolled(node: &str) -> (Client, Memory, Names) {
         let (memory, names) = (Memory::new(), Names::default());
         let node = NodeName::new(node).unwrap();
         let topology = names.shared_topology(&names.master_event()).and(names.node_topology(&node));
         memory.declare(&topology).await.unwrap();
-        (Arc::new(memory.clone()), memory, names)
+        (Client::new(Arc::new(memory.clone()), names.clone(), ClientSettings::default()), memory, names)
     }
 
     fn event(task: &TaskMessage, status: Status) -> Message {
@@ -416,9 +429,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_task_for_a_node_without_a_queue_says_how_to_enrol_it() {
-        let (broker, _, names) = enrolled("other").await;
+        let (client, _, _) = enrolled("other").await;
         let (args, task) = submission("pull --node n --project-id 42");
-        let error = submit(&broker, &names, &args, &task).await.unwrap_err();
+        let error = submit(&client, &args, &task).await.unwrap_err();
         assert_eq!(error.code(), exit::TASK);
         assert_eq!(error.to_string(), "node n is not enrolled: start its agent, or run haul topology apply --node n");
     }
@@ -426,19 +439,19 @@ mod tests {
     #[tokio::test]
     async fn waiting_ends_with_the_terminal_event_of_this_task_only() {
         for (status, code) in [(Status::Succeeded, exit::OK), (Status::Failed, exit::TASK)] {
-            let (broker, memory, names) = enrolled("n").await;
+            let (client, memory, names) = enrolled("n").await;
             let (args, task) = submission("pull --node n --project-id 42 --wait --json");
             let agent = async {
                 // Published only after the subscription: what is reported from here on is seen.
                 while memory.published().is_empty() {
                     tokio::task::yield_now().await;
                 }
-                let stranger = TaskMessage { task_id: TaskId::random(), ..task.clone() };
+                let stranger = TaskMessage { task_id: TaskId::random(), ..task.task().clone() };
                 report(&memory, &names, &stranger, Status::Rejected).await;
-                report(&memory, &names, &task, Status::Started).await;
-                report(&memory, &names, &task, status).await;
+                report(&memory, &names, task.task(), Status::Started).await;
+                report(&memory, &names, task.task(), status).await;
             };
-            let (ended, ()) = tokio::join!(submit(&broker, &names, &args, &task), agent);
+            let (ended, ()) = tokio::join!(submit(&client, &args, &task), agent);
             assert_eq!(ended.unwrap(), code);
             let followers = |outgoing: &Outgoing| outgoing.exchange == names.task();
             assert_eq!(memory.published().into_iter().filter(followers).count(), 1);
@@ -447,7 +460,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn after_a_lost_connection_it_asks_again_since_the_end_may_have_been_missed() {
-        let (broker, memory, names) = enrolled("n").await;
+        let (client, memory, names) = enrolled("n").await;
         let (args, task) = submission("pull --node n --project-id 42 --wait --json");
         let tasks = || memory.published().into_iter().filter(|outgoing| outgoing.exchange == names.task()).count();
         let agent = async {
@@ -458,18 +471,20 @@ mod tests {
             while tasks() < 2 {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
-            report(&memory, &names, &task, Status::Succeeded).await;
+            report(&memory, &names, task.task(), Status::Succeeded).await;
         };
-        let (ended, ()) = tokio::join!(submit(&broker, &names, &args, &task), agent);
+        let (ended, ()) = tokio::join!(submit(&client, &args, &task), agent);
         assert_eq!(ended.unwrap(), exit::OK);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn waiting_no_longer_than_asked_leaves_the_task_alone() {
-        let (broker, _, names) = enrolled("n").await;
+    async fn waiting_no_longer_than_asked_leaves_the_task_alone_and_says_why_it_has_not_ended() {
+        let (client, _, _) = enrolled("n").await;
         let (args, task) = submission("pull --node n --project-id 42 --wait --timeout 1m");
-        let error = submit(&broker, &names, &args, &task).await.unwrap_err();
+        let error = submit(&client, &args, &task).await.unwrap_err();
         assert_eq!(error.code(), exit::TIMED_OUT);
-        assert!(error.to_string().contains("haul events --task"));
+        let sentence = error.to_string();
+        assert!(sentence.contains("haul events --task"), "{sentence}");
+        assert!(sentence.contains("no agent consumes the node's queue, in which 1 tasks wait"), "{sentence}");
     }
 }

@@ -1,6 +1,11 @@
 //! Following one task to its end, and showing it on the way.
 
-use std::{cell::Cell, future::Future, io::IsTerminal, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    io::IsTerminal,
+    time::Duration,
+};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -10,6 +15,7 @@ use super::{
     output, words,
 };
 use crate::{
+    master::TaskRow,
     protocol::{Event, Progress, Status, TaskId},
     shutdown::exit,
 };
@@ -18,6 +24,8 @@ use crate::{
 pub(super) struct View {
     json: bool,
     bar: ProgressBar,
+    /// What the events shown so far tell of the task.
+    row: RefCell<Option<TaskRow>>,
 }
 
 impl View {
@@ -33,10 +41,19 @@ impl View {
             bar.enable_steady_tick(Duration::from_millis(120));
             bar.set_message("published");
         }
-        Self { json, bar }
+        Self { json, bar, row: RefCell::default() }
+    }
+
+    /// What was told of the task so far; nothing if nothing was.
+    pub(super) fn row(&self) -> Option<TaskRow> {
+        self.row.borrow().clone()
     }
 
     fn show(&self, event: &Event) -> Result<(), CliError> {
+        match &mut *self.row.borrow_mut() {
+            Some(row) => drop(row.apply(event)),
+            unheard => *unheard = Some(TaskRow::heard(event)),
+        }
         if self.json {
             return output::json(event);
         }
@@ -168,13 +185,6 @@ pub(super) fn humantime(duration: Duration) -> String {
     humantime_serde::re::humantime::format_duration(duration).to_string()
 }
 
-/// A new W3C trace context, so that one task can be followed through the logs of all.
-pub(super) fn traceparent() -> String {
-    let trace = rand::random::<u128>() | 1;
-    let span = rand::random::<u64>() | 1;
-    format!("00-{trace:032x}-{span:016x}-01")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,12 +202,5 @@ mod tests {
         for status in Status::ALL.into_iter().filter(|status| status.is_terminal()) {
             assert_eq!(code(status) == exit::OK, status == Status::Succeeded);
         }
-    }
-
-    #[test]
-    fn a_trace_context_has_the_form_of_the_standard() {
-        let text = traceparent();
-        let parts: Vec<_> = text.split('-').map(str::len).collect();
-        assert_eq!(parts, [2, 32, 16, 2]);
     }
 }

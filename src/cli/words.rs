@@ -22,12 +22,6 @@ pub(super) const STATUSES: [&str; 10] = [
     "superseded",
 ];
 
-/// The words given, or the one that stands for any.
-pub(super) fn or_any<'a>(words: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    let words: Vec<_> = words.collect();
-    if words.is_empty() { vec!["*"] } else { words }
-}
-
 /// One line for one event.
 pub(super) fn event_line(event: &Event) -> String {
     let mut line = vec![format!(

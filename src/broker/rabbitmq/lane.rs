@@ -162,6 +162,10 @@ impl Lane {
         while self.flight.len() < self.window
             && let Some(request) = self.backlog.pop_front()
         {
+            // Its asker was told that it was not sent.
+            if request.abandoned() {
+                continue;
+            }
             if request.outgoing.mandatory && self.flight.iter().any(|sent| sent.request.looks_like(&request)) {
                 later.push_back(request);
                 continue;
