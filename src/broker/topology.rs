@@ -242,6 +242,12 @@ impl Names {
         format!("{}.follow.{unique}", self.prefix)
     }
 
+    /// The beginning of the names of everything that a migration makes for a while.
+    #[must_use]
+    pub fn migration(&self) -> String {
+        format!("{}.migrate.", self.prefix)
+    }
+
     /// What the fleet shares. `results` names the master's queue of events; empty for none.
     #[must_use]
     pub fn shared_topology(&self, results: &str) -> Topology {

@@ -132,9 +132,19 @@ impl Worker {
                 return Err(WorkerError::Topology { missing: missing.join(", ") });
             }
         }
-        self.broker.declare(&names.node_topology(&self.settings.node)).await?;
-        self.broker.declare(&names.control_topology(&self.settings.node)).await?;
-        Ok(())
+        self.ensure_own(&names.node_topology(&self.settings.node)).await?;
+        self.ensure_own(&names.control_topology(&self.settings.node)).await
+    }
+
+    /// Makes a queue of our own; who may not can use it all the same where somebody else has made it.
+    async fn ensure_own(&self, own: &Topology) -> Result<(), WorkerError> {
+        match self.broker.declare(own).await {
+            Err(BrokerError::Refused { reason, .. }) if reason.starts_with("ACCESS_REFUSED") => {
+                let missing = self.broker.missing(own).await?;
+                if missing.is_empty() { Ok(()) } else { Err(WorkerError::Topology { missing: missing.join(", ") }) }
+            }
+            declared => Ok(declared?),
+        }
     }
 
     /// A consumer on our queue while we hold the storage lock is another agent of the same name, or the ghost of a
