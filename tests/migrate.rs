@@ -125,8 +125,10 @@ impl Scene {
         for kind in ["queues", "exchanges"] {
             let all = rabbit.api("GET", &format!("{kind}/%2F"), None);
             let aside = self.names.migration();
-            let left = all.as_array().unwrap().iter().filter(|one| one["name"].as_str().unwrap().starts_with(&aside));
-            assert_eq!(left.map(|one| one["name"].clone()).collect::<Vec<_>>(), Vec::<Value>::new());
+            let names = all.as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap());
+            // The lock ends with its connection, some time later.
+            let left = names.filter(|name| name.starts_with(&aside) && !name.ends_with(".lock"));
+            assert_eq!(left.collect::<Vec<_>>(), Vec::<&str>::new());
         }
         let expected: HashSet<_> = self.backlog.iter().chain(&published).cloned().collect();
         let first = first_arrivals(&self.client, &queue, &expected).await;
@@ -139,7 +141,7 @@ impl Scene {
             latest = latest.max(number);
         }
         eprintln!("{}: {} published meanwhile, {late} overtaken", self.haul.prefix, published.len());
-        assert!(late * 4 < published.len(), "{late} of {} were overtaken", published.len());
+        assert!(late * 20 < published.len(), "{late} of {} were overtaken", published.len());
     }
 }
 
@@ -147,7 +149,9 @@ impl Scene {
 fn queues(haul: &Haul) -> Vec<String> {
     let all = haul.api("GET", "queues/%2F", None);
     let names = all.as_array().unwrap().iter().map(|queue| queue["name"].as_str().unwrap());
-    let mut names: Vec<_> = names.filter(|name| name.starts_with(&haul.name(""))).map(str::to_owned).collect();
+    // The lock ends with its connection, some time later.
+    let ours = |name: &&str| name.starts_with(&haul.name("")) && !name.ends_with(".migrate.lock");
+    let mut names: Vec<_> = names.filter(ours).map(str::to_owned).collect();
     names.sort();
     names
 }
@@ -264,7 +268,7 @@ async fn shared_queues_keep_what_they_hold_and_its_way() {
         for queue in ["master.event", "dead"] {
             haul.replace_queue(queue, &json!({"x-queue-type": "classic"}));
         }
-        haul.replace_queue("control.a", &json!({"x-queue-type": "quorum"}));
+        haul.replace_queue("control.a", &json!({"x-queue-type": "classic", "x-max-length": 10}));
     });
     let mut letter = message("letter");
     let death = BTreeMap::from([("queue".to_owned(), HeaderValue::from("q"))]);
@@ -286,7 +290,9 @@ async fn shared_queues_keep_what_they_hold_and_its_way() {
         (minute.clone(), "a", &message("retry")),
     ] {
         let mut browse = client.browse(&queue).await.unwrap();
-        let found = browse.next().await.unwrap().unwrap_or_else(|| panic!("{queue} is empty"));
+        let mut found = browse.next().await.unwrap().unwrap_or_else(|| panic!("{queue} is empty"));
+        // The broker's own, at this reading.
+        found.message.headers.remove("x-delivery-count");
         assert_eq!((found.routing_key.as_str(), &found.message), (key, wanted), "{queue}");
         found.abandon();
         browse.give_back().await.unwrap();
@@ -313,7 +319,7 @@ async fn what_is_in_use_or_could_lose_something_is_left_alone_with_a_sentence() 
     let before = queues(&haul);
     let run = tokio::task::block_in_place(|| haul.run(&["topology", "migrate", "--lag", LAG])).ended(1);
     for said in [
-        "control.a is consumed: stop whoever does",
+        "control.a is in use: stop who consumes it",
         "retry.5s is left alone: it drops a message that was delivered 2 times",
         "set_policy",
         "retry.15s is left alone: it is a stream",
@@ -342,7 +348,7 @@ async fn letters_in_somebody_s_hands_are_waited_for() {
     let mut browse = client.browse(&haul.name("dead")).await.unwrap();
     let held = browse.next().await.unwrap().unwrap();
     let run = tokio::task::block_in_place(|| haul.run(&["topology", "migrate", "--lag", LAG])).ended(1);
-    assert!(run.out.contains("in somebody's hands"), "{run:?}");
+    assert!(run.out.contains("is in use") || run.out.contains("in somebody's hands"), "{run:?}");
     held.abandon();
     browse.give_back().await.unwrap();
     tokio::task::block_in_place(|| haul.run(&["topology", "migrate", "--lag", LAG])).ended(0);
@@ -354,7 +360,7 @@ async fn letters_in_somebody_s_hands_are_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_agent_that_starts_in_the_middle_of_a_migration_loses_no_task() {
+async fn an_agent_that_starts_in_the_middle_of_a_migration_waits_for_its_end_and_loses_no_task() {
     let rabbit = rabbit().await;
     let mut agent = Agent::new(rabbit).await;
     agent.set("AGENT_BROKER__MANAGEMENT_URL", &rabbit.management_url);
@@ -367,24 +373,24 @@ async fn an_agent_that_starts_in_the_middle_of_a_migration_loses_no_task() {
     agent.master.declare(&Topology { exchanges: Vec::new(), queues: vec![wrong], bindings: own.bindings }).await.unwrap();
     let ids: Vec<_> = (0..20).map(|number| format!("task-{number}-{}", unique("m"))).collect();
     let (early, late) = ids.split_at(15);
-    for id in early {
-        agent.publish(&Agent::task(id, "delete", 1)).await;
+    for (id, project) in early.iter().zip(1..) {
+        agent.publish(&Agent::task(id, "delete", project)).await;
     }
-    let migrate = |more: &'static [&'static str]| {
+    let migrate = |agent: &Agent, more: &'static [&'static str]| {
         let mut command = agent.command(&["topology", "migrate", "--lag", LAG]);
         command.args(more);
         tokio::task::spawn_blocking(move || Run::from(command.output().unwrap()))
     };
-    let killed = migrate(&["--observe", "deleted"]).await.unwrap();
+    let killed = migrate(&agent, &["--observe", "deleted"]).await.unwrap();
     assert_eq!(killed.code, None, "{killed:?}");
     // Their queue is gone, and yet the master can publish.
-    for id in late {
-        agent.publish(&Agent::task(id, "delete", 1)).await;
+    for (id, project) in late.iter().zip(101..) {
+        agent.publish(&Agent::task(id, "delete", project)).await;
     }
-    let completing = migrate(&[]);
     agent.start(&[]);
+    agent.until_async("the agent to wait", async || agent.log().contains("our queue is being made anew")).await;
+    migrate(&agent, &[]).await.unwrap().ended(0);
     agent.ready().await;
-    completing.await.unwrap().ended(0);
     for id in &ids {
         let event = agent.end(id, 0).await;
         assert_eq!(event.status, Status::Succeeded, "{event:?}");

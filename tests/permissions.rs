@@ -197,7 +197,11 @@ async fn an_agent_a_master_and_an_operator_do_their_work_with_what_is_printed_an
     agent.publish(&nowhere).await;
     agent.saw("nowhere", Status::Retrying).await;
     assert_eq!(agent.end("nowhere", 0).await.status, Status::Failed);
-    agent.dead_letters(1).await;
+    agent
+        .until_async("the dead letter", async || {
+            guest.depth(&names.dead()).await.unwrap().is_some_and(|depth| depth.messages == 1)
+        })
+        .await;
     agent.control(&json!({"v": 1, "command": "inspect"})).await;
     agent.answered("state").await;
     agent.control(&json!({"v": 1, "command": "cancel", "task_id": "later"})).await;
@@ -223,7 +227,7 @@ async fn an_agent_a_master_and_an_operator_do_their_work_with_what_is_printed_an
     let listed = operator(&agent, &["dead", "list", "--json"]).ended(0);
     assert!(listed.out.contains("nowhere"), "{}", listed.out);
     operator(&agent, &["dead", "replay", "--all", "--dry-run"]).ended(0);
-    operator(&agent, &["dead", "drop", "--task", "nowhere"]).ended(0);
+    operator(&agent, &["dead", "drop", "--task", "nowhere", "--yes"]).ended(0);
     operator(&agent, &["inspect", "--node", "n1"]).ended(0);
 
     // What a node cannot do.

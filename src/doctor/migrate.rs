@@ -82,7 +82,7 @@ pub struct Aside {
 impl Aside {
     fn new(names: &Names, queue: &str) -> Self {
         let name = |part: &str| format!("{}{part}.{queue}", names.migration());
-        Self { incoming: name("new"), backlog: name("old"), back: name("back"), dead: names.dlx() }
+        Self { incoming: name("new"), backlog: names.set_aside(queue), back: name("back"), dead: names.dlx() }
     }
 
     /// Its exchanges and queues, without the bindings that catch what is published.
@@ -225,8 +225,9 @@ fn danger(wanted: &Wanted, facts: &Facts, found: &QueueView) -> Option<String> {
     let has_dead_letters =
         found.arguments.contains_key("x-dead-letter-exchange") || found.effective.contains_key("dead-letter-exchange");
     match found.delivery_limit(facts.version) {
-        DeliveryLimit::Of(limit) if !has_dead_letters => {
-            let first = if found.arguments.contains_key("x-delivery-limit") {
+        DeliveryLimit::Of(limit) if found.kind == "quorum" && !has_dead_letters => {
+            let has_policy = !found.name.starts_with(&format!("{}.control.", wanted.names.prefix()));
+            let first = if found.arguments.contains_key("x-delivery-limit") || !has_policy {
                 let vhost = shell(&facts.vhost);
                 let pattern = shell(&format!("^{}$", quoted(&found.name)));
                 let definition = shell(&format!(r#"{{"dead-letter-exchange":"{}"}}"#, wanted.names.dlx()));
@@ -387,6 +388,7 @@ mod tests {
             ("4.0.5", vec![quorum.clone(), limit(5)], "rabbitmqctl set_policy --vhost / --priority 90"),
             ("4.3.6", vec![quorum.clone(), limit(-1)], ""),
             ("4.3.6", vec![quorum, limit(5), letters], ""),
+            ("4.3.6", vec![("x-queue-type", "classic".into())], ""),
             ("4.3.6", vec![("x-queue-type", "stream".into())], "it is a stream"),
         ] {
             let why = blocked(version, &arguments);

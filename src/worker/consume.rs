@@ -98,6 +98,10 @@ impl Worker {
 
     /// Everything before the first message.
     async fn prepare(self: &Arc<Self>) -> Result<(), WorkerError> {
+        self.wait_for_a_migration().await?;
+        if self.soft.is_cancelled() {
+            return Ok(());
+        }
         self.ensure_topology().await?;
         self.refuse_an_occupied_queue().await?;
         let unclean = self.journal.note(UNCLEAN).await?.and_then(|text| text.parse().ok()).unwrap_or(0_u32);
@@ -118,6 +122,31 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// While our queue is being made anew, what waited in it is put aside: taking what comes meanwhile would turn the order
+    /// round, and a task that a later one has overtaken is superseded.
+    async fn wait_for_a_migration(&self) -> Result<(), WorkerError> {
+        let queue = self.settings.names.node(&self.settings.node);
+        let aside = self.settings.names.set_aside(&queue);
+        let mut said = false;
+        while !self.soft.is_cancelled() && self.is_there(&aside).await? {
+            if !std::mem::replace(&mut said, true) {
+                tracing::warn!(broker.queue = queue, "our queue is being made anew: haul topology migrate completes it");
+            }
+            tokio::select! {
+                () = tokio::time::sleep(PROBE_INTERVAL) => {}
+                () = self.soft.cancelled() => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_there(&self, queue: &str) -> Result<bool, WorkerError> {
+        match self.broker.depth(queue).await {
+            Err(BrokerError::Refused { reason, .. }) if reason.starts_with("ACCESS_REFUSED") => Ok(false),
+            depth => Ok(depth?.is_some()),
+        }
     }
 
     /// Makes what is missing where we may; an agent without the right to configure shared objects only checks them.

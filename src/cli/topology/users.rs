@@ -9,10 +9,13 @@ use std::{
 };
 
 use clap::Args;
-use rand::Rng as _;
+use rand::{
+    Rng as _,
+    distr::{Alphanumeric, SampleString as _},
+};
 
 use crate::{
-    broker::{address::Address, management::base64},
+    broker::address::Address,
     cli::{error::CliError, output},
     config::Config,
     doctor::{User, UserRole, definitions, password_hash},
@@ -29,10 +32,11 @@ Examples:
   haul topology users --node worker-001 --keep-passwords           # the user is there: only what it may do
 
 Prints commands for rabbitmqctl, which run on the broker, and asks the broker nothing. Passwords are made here: they are
-printed this once, or kept in a file that only you can read, which is used again the next time.";
+printed this once, or kept in a file that only you can read, which is used again the next time. A command shows its
+password in the broker's process list for a moment; a definitions file has hashes only.";
 
-/// Bytes of chance in a password: 32 characters.
-const PASSWORD_BYTES: usize = 24;
+/// Letters and digits in a password: 190 bits of chance.
+const PASSWORD_LENGTH: usize = 32;
 
 /// Arguments of `haul topology users`.
 #[derive(Debug, Args)]
@@ -91,24 +95,24 @@ pub(super) fn run(config: &Config, args: &UsersArgs) -> Result<u8, CliError> {
     }
     for user in &users {
         if let Some(password) = passwords.get(user.name()) {
-            let (told, source) = match &args.passwords {
-                None => (password.as_str(), format!("printf '%s\\n' {password}")),
+            let (told, word) = match &args.passwords {
+                None => (password.as_str(), password.clone()),
                 Some(path) => ("PASSWORD", taken_from(path, user.name())),
             };
             if let Some(address) = &address {
                 output::line(&format!("# broker.urls (AGENT_AMQP_URL): {}", url(address, user.name(), told)))?;
             }
-            output::line(&user.add_command(&source))?;
+            output::line(&user.add_command(&word))?;
         }
         user.permission_commands(vhost).iter().try_for_each(|command| output::line(command))?;
     }
     Ok(exit::OK)
 }
 
-/// The command that prints a user's password out of the file.
+/// A user's password out of the file, as a word of a command.
 fn taken_from(path: &Path, user: &str) -> String {
     let quoted = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
-    format!("awk -v user={} '$1 == user {{ print $2 }}' {}", quoted(user), quoted(&path.to_string_lossy()))
+    format!("\"$(awk -v user={} '$1 == user {{ print $2 }}' {})\"", quoted(user), quoted(&path.to_string_lossy()))
 }
 
 fn url(address: &Address, user: &str, password: &str) -> String {
@@ -137,10 +141,9 @@ fn passwords(users: &[User], file: Option<&Path>) -> Result<BTreeMap<String, Str
     Ok(passwords)
 }
 
-/// A password that needs no quotes in a shell nor in an address.
+/// A password that needs no quotes in a shell nor in an address, and is no option of a command.
 fn made() -> String {
-    let bytes: [u8; PASSWORD_BYTES] = rand::rng().random();
-    base64(&bytes).replace('+', "-").replace('/', "_")
+    Alphanumeric.sample_string(&mut rand::rng(), PASSWORD_LENGTH)
 }
 
 fn read(path: &Path) -> Result<BTreeMap<String, String>, CliError> {
@@ -182,7 +185,8 @@ mod tests {
         let both = passwords(&[user("a"), user("b")], Some(&path)).unwrap();
         assert_eq!(both["haul-node-a"], first["haul-node-a"]);
         assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 2);
-        let plain = |password: &String| password.len() == 32 && !password.contains(['+', '/', '=', '\'']);
+        let plain =
+            |password: &String| password.len() == PASSWORD_LENGTH && password.chars().all(char::is_alphanumeric);
         assert!(both.values().all(plain) && both["haul-node-a"] != both["haul-node-b"], "{both:?}");
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
         assert!(passwords(&[user("a")], Some(&path)).unwrap_err().to_string().contains("chmod 600"));

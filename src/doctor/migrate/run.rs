@@ -126,8 +126,11 @@ pub enum MigrateError {
     /// The broker could not be used, or refused.
     #[error(transparent)]
     Broker(#[from] BrokerError),
-    /// Somebody consumes a queue that must be quiet.
-    #[error("{queue} is consumed: stop whoever does (an agent: haul drain --node NODE, or its service; a master), then run this again")]
+    /// Somebody consumes or reads a queue that must be quiet.
+    #[error(
+        "{queue} is in use: stop who consumes it (an agent: haul drain --node NODE, or its service; a master) or reads it \
+         (haul dead, the console), then run this again"
+    )]
     InUse {
         /// The queue.
         queue: String,
@@ -144,13 +147,18 @@ pub enum MigrateError {
         count: u64,
     },
     /// There are no statistics.
-    #[error("the broker does not tell how many messages {queue} has: enable its management statistics, then run this again")]
+    #[error(
+        "the broker does not tell how many messages {queue} has: enable its management statistics, then run this again"
+    )]
     Untold {
         /// The queue.
         queue: String,
     },
     /// The name was taken again before the new queue could have it.
-    #[error("{queue} was made again with the old arguments: an agent or master of an older version runs; stop it, then run this again")]
+    #[error(
+        "{queue} was made again with the old arguments: an agent or master of an older version runs; stop it, then run this \
+         again"
+    )]
     MadeAgain {
         /// The queue.
         queue: String,
