@@ -17,7 +17,9 @@ use std::{
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde::Serialize;
 
-pub use migrate::{Migrated, MigrateError, MigrateStep, Migration, Migrations, OtherExchange, Stage, Surgeon, migrations};
+pub use migrate::{
+    MigrateError, MigrateStep, Migrated, Migration, Migrations, OtherExchange, Stage, Surgeon, migrations,
+};
 pub use node::{NodeFacts, examine_node};
 pub use plan::{Item, State, plan};
 pub use policy::{DEADLINE_MARGIN, needed_timeout, set_policy_command, wanted_policies};

@@ -119,7 +119,8 @@ impl Scene {
         let wanted = &self.names.node_topology(&node()).queues[0];
         assert_eq!(table(&found["arguments"]), wanted.arguments);
         let bindings = rabbit.api("GET", &format!("queues/%2F/{queue}/bindings"), None);
-        let mut sources: Vec<_> = bindings.as_array().unwrap().iter().map(|one| one["source"].as_str().unwrap()).collect();
+        let mut sources: Vec<_> =
+            bindings.as_array().unwrap().iter().map(|one| one["source"].as_str().unwrap()).collect();
         sources.sort_unstable();
         assert_eq!(sources, ["", self.names.returned().as_str(), self.names.task().as_str()]);
         for kind in ["queues", "exchanges"] {
@@ -172,8 +173,7 @@ fn message(id: &str) -> Message {
 }
 
 async fn publish(client: &RabbitMq, exchange: &str, key: &str, message: Message) {
-    let outgoing =
-        Outgoing { exchange: exchange.to_owned(), routing_key: key.to_owned(), message, mandatory: true };
+    let outgoing = Outgoing { exchange: exchange.to_owned(), routing_key: key.to_owned(), message, mandatory: true };
     client.publish(outgoing).await.unwrap_or_else(|error| panic!("a publish failed: {error}"));
 }
 
@@ -243,7 +243,9 @@ async fn a_migration_killed_at_any_step_is_completed_by_the_next_and_nothing_is_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_killed_again_and_again_is_completed_in_the_end() {
     let scene = Scene::new("again", &wrong_queues()[1].1).await;
-    for step in [MigrateStep::Copied, MigrateStep::Copied, MigrateStep::Drained, MigrateStep::CopiedBack, MigrateStep::Bound] {
+    for step in
+        [MigrateStep::Copied, MigrateStep::Copied, MigrateStep::Drained, MigrateStep::CopiedBack, MigrateStep::Bound]
+    {
         let killed = scene.migrate(&["--observe", &step.to_string()]).await;
         assert_eq!(killed.code, None, "{killed:?}");
     }
@@ -370,7 +372,11 @@ async fn an_agent_that_starts_in_the_middle_of_a_migration_waits_for_its_end_and
         lifetime: Lifetime::Durable,
         arguments: table(&json!({"x-queue-type": "classic"})),
     };
-    agent.master.declare(&Topology { exchanges: Vec::new(), queues: vec![wrong], bindings: own.bindings }).await.unwrap();
+    agent
+        .master
+        .declare(&Topology { exchanges: Vec::new(), queues: vec![wrong], bindings: own.bindings })
+        .await
+        .unwrap();
     let ids: Vec<_> = (0..20).map(|number| format!("task-{number}-{}", unique("m"))).collect();
     let (early, late) = ids.split_at(15);
     for (id, project) in early.iter().zip(1..) {

@@ -113,8 +113,7 @@ fn refused<T>(what: &str, answer: Result<T, BrokerError>) {
 }
 
 async fn cannot_read(client: &RabbitMq, queue: &str) {
-    let consume =
-        Consume { queue: queue.to_owned(), tag: "spy".to_owned(), prefetch: 1, declare: Topology::default() };
+    let consume = Consume { queue: queue.to_owned(), tag: "spy".to_owned(), prefetch: 1, declare: Topology::default() };
     refused(queue, client.consume(consume).await);
     let browsed = match client.browse(queue).await {
         Ok(mut browse) => browse.next().await.map(drop),
@@ -152,7 +151,8 @@ async fn an_agent_a_master_and_an_operator_do_their_work_with_what_is_printed_an
     agent.master.declare(&names.node_topology(&other).and(names.control_topology(&other))).await.unwrap();
 
     // Printed as commands, run as they are.
-    let (file, script) = (site.directory.join(format!("{prefix}.passwords")), site.directory.join(format!("{prefix}.sh")));
+    let (file, script) =
+        (site.directory.join(format!("{prefix}.passwords")), site.directory.join(format!("{prefix}.sh")));
     let words = ["topology", "users", "--node", "n1", "--master", "--operator", "--passwords", file.to_str().unwrap()];
     let printed = run(agent.command(&words)).ended(0);
     std::fs::write(&script, &printed.out).unwrap();
@@ -178,9 +178,11 @@ async fn an_agent_a_master_and_an_operator_do_their_work_with_what_is_printed_an
     };
     operator(&agent, &["topology", "apply", "--node", "n1"]).ended(0);
     let doctor = operator(&agent, &["topology", "doctor", "--node", "n1", "--json"]).json();
-    let blind = doctor.as_array().unwrap().iter().filter(|one| {
-        one["severity"] == "red" || one["problem"].as_str().unwrap().contains("could not be")
-    });
+    let blind = doctor
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|one| one["severity"] == "red" || one["problem"].as_str().unwrap().contains("could not be"));
     assert_eq!(blind.count(), 0, "{doctor:#}");
     agent.start(&[]);
     agent.ready().await;
@@ -242,8 +244,7 @@ async fn an_agent_a_master_and_an_operator_do_their_work_with_what_is_printed_an
     cannot_publish(&node, "", &names.node(&other)).await;
     cannot_make(&node, &format!("{prefix}.node.n3"), Vec::new()).await;
     cannot_make(&node, "elsewhere", Vec::new()).await;
-    let spying =
-        Binding { exchange: names.task(), queue: names.node(agent.node()), routing_key: other.to_string() };
+    let spying = Binding { exchange: names.task(), queue: names.node(agent.node()), routing_key: other.to_string() };
     cannot_make(&node, "", vec![spying.clone()]).await;
     let shared_queues = [names.dead(), names.master_event(), names.node(&other), names.node(agent.node())];
     let shared_exchanges = [names.task(), names.event(), names.dlx(), names.control()];
@@ -260,12 +261,8 @@ async fn an_agent_a_master_and_an_operator_do_their_work_with_what_is_printed_an
     cannot_make(master, "", vec![spying]).await;
     cannot_remove(master, &shared_queues, &shared_exchanges).await;
     // And that it can read events by itself.
-    let consume = Consume {
-        queue: names.master_event(),
-        tag: "master".to_owned(),
-        prefetch: 1,
-        declare: Topology::default(),
-    };
+    let consume =
+        Consume { queue: names.master_event(), tag: "master".to_owned(), prefetch: 1, declare: Topology::default() };
     drop(master.consume(consume).await.expect("a master reads events"));
 }
 

@@ -24,7 +24,7 @@ use crate::{
     protocol::{NodeName, wire::HeaderValue},
 };
 
-pub use run::{Migrated, MigrateError, MigrateStep, Surgeon};
+pub use run::{MigrateError, MigrateStep, Migrated, Surgeon};
 
 /// How far a queue is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -170,8 +170,9 @@ fn migration(
     topology: &Topology,
 ) -> Option<Migration> {
     let aside = Aside::new(&wanted.names, &queue.name);
-    let left = aside.topology().exchanges.iter().any(|one| inventory.exchanges.iter().any(|found| found.name == one.name))
-        || aside.topology().queues.iter().any(|one| inventory.queues.iter().any(|found| found.name == one.name));
+    let left =
+        aside.topology().exchanges.iter().any(|one| inventory.exchanges.iter().any(|found| found.name == one.name))
+            || aside.topology().queues.iter().any(|one| inventory.queues.iter().any(|found| found.name == one.name));
     let (stage, how) = match &item.state {
         State::Differs { how } => (Stage::Replace, how.clone()),
         State::Missing if left => (Stage::Remake, "an earlier run was interrupted before it was made anew".to_owned()),
@@ -215,9 +216,11 @@ fn migration(
 /// Why emptying the old queue could lose something.
 fn danger(wanted: &Wanted, facts: &Facts, found: &QueueView) -> Option<String> {
     if found.kind == "stream" {
-        return Some("it is a stream, which cannot be emptied by reading: read what you need of it, delete it by hand, then \
+        return Some(
+            "it is a stream, which cannot be emptied by reading: read what you need of it, delete it by hand, then \
                      run haul topology apply"
-            .to_owned());
+                .to_owned(),
+        );
     }
     if let Some(state) = found.state.as_deref().filter(|&state| !matches!(state, "running" | "idle" | "flow")) {
         return Some(format!("its state is {state}: bring back the nodes of the broker that hold it first"));
@@ -252,7 +255,9 @@ fn danger(wanted: &Wanted, facts: &Facts, found: &QueueView) -> Option<String> {
 fn together(wanted: &Wanted, nodes: &[NodeName], queue: &str) -> Vec<String> {
     let names = &wanted.names;
     let pair = nodes.iter().map(|node| [names.node(node), names.control_node(node)]);
-    pair.into_iter().find(|pair| pair.iter().any(|name| name == queue)).map_or_else(|| vec![queue.to_owned()], Vec::from)
+    pair.into_iter()
+        .find(|pair| pair.iter().any(|name| name == queue))
+        .map_or_else(|| vec![queue.to_owned()], Vec::from)
 }
 
 /// An exchange is not exchanged under traffic: until the new one is there, publishes to it fail.
@@ -366,7 +371,8 @@ mod tests {
         assert_eq!(routes, [("audit", "#"), ("haul.return", "a"), ("haul.return", "other"), ("haul.task", "a")]);
         assert_eq!(migration.quiet, [QUEUE, "haul.control.a"]);
         assert!(migration.guarded && migration.blocked.is_none(), "{migration:?}");
-        let by_header = BindingView { arguments: [("x-match".to_owned(), "all".into())].into(), ..bound("h", QUEUE, "") };
+        let by_header =
+            BindingView { arguments: [("x-match".to_owned(), "all".into())].into(), ..bound("h", QUEUE, "") };
         let blocked = found("4.3.6", vec![wrong], vec![by_header]).remove(0).blocked.unwrap();
         assert!(blocked.contains("bound to h by arguments"), "{blocked}");
     }
@@ -392,7 +398,10 @@ mod tests {
             ("4.3.6", vec![("x-queue-type", "stream".into())], "it is a stream"),
         ] {
             let why = blocked(version, &arguments);
-            assert!(if said.is_empty() { why.is_empty() } else { why.contains(said) }, "{version} {arguments:?}: {why}");
+            assert!(
+                if said.is_empty() { why.is_empty() } else { why.contains(said) },
+                "{version} {arguments:?}: {why}"
+            );
         }
     }
 
@@ -409,7 +418,12 @@ mod tests {
             vhost: "/".to_owned(),
             consumer_timeout: Duration::ZERO,
         };
-        let task = ExchangeView { name: "haul.task".to_owned(), kind: "topic".to_owned(), durable: true, ..ExchangeView::default() };
+        let task = ExchangeView {
+            name: "haul.task".to_owned(),
+            kind: "topic".to_owned(),
+            durable: true,
+            ..ExchangeView::default()
+        };
         facts.inventory = Told::Yes(Inventory { exchanges: vec![task], ..Inventory::default() });
         let found = migrations(&wanted(), &facts).unwrap();
         assert_eq!(found.queues, []);

@@ -153,8 +153,7 @@ impl Exam<'_> {
         } else {
             format!("it differs from the contract: {how}")
         };
-        let mend =
-            if item.what == "queue" { migrate(&item.name) } else { exchange_mend(self.facts, &item.name) };
+        let mend = if item.what == "queue" { migrate(&item.name) } else { exchange_mend(self.facts, &item.name) };
         finding(Severity::Red, &item.name, problem, mend)
     }
 
@@ -499,7 +498,13 @@ mod tests {
         let findings = after(NEW, |facts| {
             queue(facts, "haul.retry.5s").arguments.insert("x-message-ttl".to_owned(), 6000.into());
         });
-        only(findings, Severity::Red, "haul.retry.5s", "x-message-ttl is 6000, not 5000", "migrate --queue haul.retry.5s");
+        only(
+            findings,
+            Severity::Red,
+            "haul.retry.5s",
+            "x-message-ttl is 6000, not 5000",
+            "migrate --queue haul.retry.5s",
+        );
         let findings = after(NEW, |facts| {
             queue(facts, "haul.node.a").arguments.insert("x-max-length".to_owned(), 10.into());
         });

@@ -125,7 +125,8 @@ impl User {
             vec![format!("rabbitmqctl set_permissions --vhost {vhost} {name} {configure} {write} {read}")];
         if let Some(TopicPermissionView { exchange, write, read, .. }) = &self.topic {
             let [exchange, write, read] = [exchange, write, read].map(|word| shell(word));
-            commands.push(format!("rabbitmqctl set_topic_permissions --vhost {vhost} {name} {exchange} {write} {read}"));
+            commands
+                .push(format!("rabbitmqctl set_topic_permissions --vhost {vhost} {name} {exchange} {write} {read}"));
         }
         if !self.tags.is_empty() {
             commands.push(format!("rabbitmqctl set_user_tags {name} {}", self.tags.join(" ")));
@@ -197,11 +198,10 @@ mod tests {
         assert_eq!(loose.permission.read, format!(r"^(haul\.task|haul\.return|haul\.control|{own}|{aside})$"));
         for one in [strict, loose] {
             let topic = one.topic.unwrap();
-            assert_eq!((topic.exchange.as_str(), topic.write.as_str(), topic.read.as_str()), (
-                "haul.event",
-                r"^worker-001\.",
-                "^$"
-            ));
+            assert_eq!(
+                (topic.exchange.as_str(), topic.write.as_str(), topic.read.as_str()),
+                ("haul.event", r"^worker-001\.", "^$")
+            );
         }
     }
 
@@ -227,10 +227,7 @@ mod tests {
             commands[1],
             r"rabbitmqctl set_topic_permissions --vhost 'fleet a' haul-node-worker-001 haul.event '^worker-001\.' '^$'"
         );
-        assert_eq!(
-            node(false).add_command("\"$PASSWORD\""),
-            "rabbitmqctl add_user haul-node-worker-001 \"$PASSWORD\""
-        );
+        assert_eq!(node(false).add_command("\"$PASSWORD\""), "rabbitmqctl add_user haul-node-worker-001 \"$PASSWORD\"");
     }
 
     #[test]

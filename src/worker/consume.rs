@@ -132,7 +132,10 @@ impl Worker {
         let mut said = false;
         while !self.soft.is_cancelled() && self.is_there(&aside).await? {
             if !std::mem::replace(&mut said, true) {
-                tracing::warn!(broker.queue = queue, "our queue is being made anew: haul topology migrate completes it");
+                tracing::warn!(
+                    broker.queue = queue,
+                    "our queue is being made anew: haul topology migrate completes it"
+                );
             }
             tokio::select! {
                 () = tokio::time::sleep(PROBE_INTERVAL) => {}

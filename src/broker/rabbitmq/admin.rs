@@ -194,7 +194,8 @@ impl Admin {
         let taking = self.channel().await?;
         taking.basic_qos(PREFETCH, BasicQosOptions::default()).await.map_err(failed)?;
         let tag = "haul-migrate".into();
-        let consuming = taking.basic_consume(convert::cut(from), tag, BasicConsumeOptions::default(), FieldTable::default());
+        let consuming =
+            taking.basic_consume(convert::cut(from), tag, BasicConsumeOptions::default(), FieldTable::default());
         // Consumed, not got: a queue with a single active consumer refuses to be got from.
         let mut stream = within(&what, consuming).await?.map_err(failed)?;
         let (mut carried, mut quiet, mut zeroes) = (0, Duration::ZERO, 0);

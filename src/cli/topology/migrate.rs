@@ -11,7 +11,7 @@ use crate::{
     broker::rabbitmq::{Admin, RabbitMq},
     cli::{error::CliError, output, table::Table, wait},
     config::Config,
-    doctor::{Migrated, MigrateStep, Migration, Migrations, Stage, Surgeon, migrations},
+    doctor::{MigrateStep, Migrated, Migration, Migrations, Stage, Surgeon, migrations},
     protocol::{NodeName, printable},
     shutdown::exit,
 };

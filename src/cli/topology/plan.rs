@@ -34,7 +34,8 @@ pub(super) async fn run(tools: &Tools<'_>, args: &TopologyArgs) -> Result<u8, Cl
     table.lines().iter().try_for_each(|line| output::line(line))?;
     let count = |wanted: fn(&State) -> bool| items.iter().filter(|item| wanted(&item.state)).count();
     output::note(&format!(
-        "{} as they should be, {} missing, {} differ, {} unknown; `haul topology apply` makes what is missing",
+        "{} as they should be, {} missing, {} differ, {} unknown; `haul topology apply` makes what is missing, `haul topology \
+         migrate` makes queues that differ anew",
         count(|state| *state == State::Equal),
         count(|state| *state == State::Missing),
         count(|state| matches!(state, State::Differs { .. })),

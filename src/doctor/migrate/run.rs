@@ -286,12 +286,7 @@ impl Surgeon<'_> {
     }
 
     /// Pours a queue that nothing is routed to until the broker's statistics agree that nothing is left.
-    async fn empty(
-        &self,
-        from: &str,
-        into: &str,
-        told: &(dyn Fn(Poured) + Send + Sync),
-    ) -> Result<u64, MigrateError> {
+    async fn empty(&self, from: &str, into: &str, told: &(dyn Fn(Poured) + Send + Sync)) -> Result<u64, MigrateError> {
         let (mut count, mut vain) = (0, 0);
         loop {
             let poured = self.admin.pour(from, into, told, None).await?;
