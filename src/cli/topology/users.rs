@@ -57,7 +57,7 @@ pub(in crate::cli) struct UsersArgs {
     /// Print commands; this is what is printed anyway.
     #[arg(long, conflicts_with = "definitions")]
     commands: bool,
-    /// Print a file for rabbitmqctl import_definitions, with hashes instead of passwords.
+    /// Print a file of definitions to be imported, with hashes instead of passwords.
     #[arg(long)]
     definitions: bool,
     /// Take passwords from this file, and add to it those that are made; one user and password a line.
@@ -89,7 +89,9 @@ pub(super) fn run(config: &Config, args: &UsersArgs) -> Result<u8, CliError> {
         output::line(&text)?;
         if args.passwords.is_none() {
             // Not among the data, which is for the broker.
-            passwords.iter().for_each(|(name, password)| output::note(&format!("{name} {password}")));
+            for (name, password) in &passwords {
+                output::note(&format!("{name} {password}"));
+            }
         }
         return Ok(exit::OK);
     }
