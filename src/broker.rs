@@ -48,7 +48,8 @@ pub trait Broker: Send + Sync + 'static {
     /// When something exists with other arguments, or permission is missing.
     async fn declare(&self, topology: &Topology) -> Result<(), BrokerError>;
 
-    /// Asks for each exchange and queue of `topology` whether it exists, changing nothing; returns what is missing.
+    /// Asks for each exchange and queue of `topology` whether it exists, changing nothing; returns what is missing, without
+    /// what we may not ask for.
     ///
     /// # Errors
     /// When the broker cannot be asked.

@@ -2,19 +2,29 @@
 //!
 //! [`look`] gathers [`Facts`]; everything after is a pure function of them.
 
+mod migrate;
 mod node;
 mod plan;
 mod policy;
 mod rules;
+mod users;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
 
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde::Serialize;
 
+pub use migrate::{
+    MigrateError, MigrateStep, Migrated, Migration, Migrations, OtherExchange, Stage, Surgeon, migrations,
+};
 pub use node::{NodeFacts, examine_node};
 pub use plan::{Item, State, plan};
 pub use policy::{DEADLINE_MARGIN, needed_timeout, set_policy_command, wanted_policies};
 pub use rules::examine;
+pub use users::{User, UserRole, definitions, password_hash};
 
 use crate::{
     broker::{
@@ -25,6 +35,11 @@ use crate::{
     },
     protocol::NodeName,
 };
+
+/// Queues that are asked for within one deadline.
+const ASKED_TOGETHER: usize = 100;
+/// Queues that are measured at a time.
+const ASKED_AT_A_TIME: usize = 16;
 
 /// What there should be.
 #[derive(Clone, Debug)]
@@ -50,7 +65,7 @@ pub struct Facts {
     pub nodes: Vec<NodeName>,
     /// Exchanges and queues that are not there.
     pub missing: Vec<String>,
-    /// Messages and consumers of the nodes' queues and the dead letters' queue.
+    /// Messages and consumers of the nodes' queues and the dead letters' queue, once they were [measured](measure).
     pub depths: BTreeMap<String, Depth>,
     /// What the management API tells, or why it does not.
     pub inventory: Told<Inventory>,
@@ -118,11 +133,17 @@ impl Wanted {
     }
 
     /// The nodes whose queues stand in an inventory, and those that should.
-    fn nodes_with(&self, inventory: &Told<Inventory>) -> Vec<NodeName> {
+    #[must_use]
+    pub fn nodes_with(&self, inventory: &Told<Inventory>) -> Vec<NodeName> {
         let mut nodes = self.nodes.clone();
         if let Told::Yes(inventory) = inventory {
             let prefix = format!("{}.node.", self.names.prefix());
-            let found = inventory.queues.iter().filter_map(|queue| queue.name.strip_prefix(&prefix));
+            let aside = self.names.migration();
+            let found = inventory.queues.iter().filter_map(|queue| {
+                // A node whose queue is being made anew has what is put aside of it.
+                let name = queue.name.strip_prefix(&aside).and_then(|rest| rest.split_once('.'));
+                name.map_or(queue.name.as_str(), |(_, name)| name).strip_prefix(&prefix)
+            });
             nodes.extend(found.filter_map(|name| NodeName::new(name).ok()));
         }
         nodes.sort();
@@ -160,13 +181,9 @@ pub async fn look(
         },
     };
     let nodes = wanted.nodes_with(&inventory);
-    let missing = broker.missing(&wanted.topology(&nodes)).await?;
-    let mut depths = BTreeMap::new();
-    let queues = nodes.iter().map(|node| wanted.names.node(node)).chain([wanted.names.dead()]);
-    for queue in queues.filter(|queue| !missing.contains(queue)) {
-        if let Some(depth) = broker.depth(&queue).await? {
-            depths.insert(queue, depth);
-        }
+    let mut missing = Vec::new();
+    for part in asked_for(wanted.topology(&nodes), &inventory) {
+        missing.extend(broker.missing(&part).await?);
     }
     let told_version = match &inventory {
         Told::Yes(inventory) => inventory.version,
@@ -178,9 +195,42 @@ pub async fn look(
         version: told_version.or(given.version),
         nodes,
         missing,
-        depths,
+        depths: BTreeMap::new(),
         inventory,
         management_base: management.map(|api| api.base().to_owned()),
         consumer_timeout: given.consumer_timeout,
     })
+}
+
+/// What has to be asked for by name, in parts: each thing is asked for by itself, and an answer has a deadline.
+///
+/// A few queues are all asked for. Of a fleet only those that the inventory does not list: the API may give a list that is
+/// some seconds old, which does no harm where nobody could look at all of them within that time.
+fn asked_for(mut topology: Topology, inventory: &Told<Inventory>) -> Vec<Topology> {
+    if let Told::Yes(inventory) = inventory
+        && topology.queues.len() > ASKED_TOGETHER
+    {
+        let listed: HashSet<&str> = inventory.queues.iter().map(|queue| queue.name.as_str()).collect();
+        topology.queues.retain(|queue| !listed.contains(queue.name.as_str()));
+    }
+    let exchanges = Topology { exchanges: topology.exchanges, ..Topology::default() };
+    let queues = topology.queues.chunks(ASKED_TOGETHER);
+    let parts = queues.map(|part| Topology { queues: part.to_vec(), ..Topology::default() });
+    std::iter::once(exchanges).chain(parts).collect()
+}
+
+/// Asks for messages and consumers of every node's queue and of the dead letters.
+///
+/// # Errors
+/// When the broker cannot be asked.
+pub async fn measure(facts: &mut Facts, wanted: &Wanted, broker: &dyn Broker) -> Result<(), BrokerError> {
+    let queues = facts.nodes.iter().map(|node| wanted.names.node(node)).chain([wanted.names.dead()]);
+    let queues: Vec<_> = queues.filter(|queue| !facts.missing.contains(queue)).collect();
+    let asked = stream::iter(queues).map(async |queue| {
+        let depth = broker.depth(&queue).await?;
+        Ok::<_, BrokerError>(depth.map(|depth| (queue, depth)))
+    });
+    let found: Vec<_> = asked.buffer_unordered(ASKED_AT_A_TIME).try_collect().await?;
+    facts.depths = found.into_iter().flatten().collect();
+    Ok(())
 }

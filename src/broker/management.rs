@@ -2,6 +2,7 @@
 //!
 //! Calls block, so each runs on a thread that may. A redirect is never followed: it would carry the password along.
 
+mod base64;
 mod inventory;
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -16,8 +17,10 @@ use ureq::{
 };
 use url::Url;
 
+pub use base64::base64;
 pub use inventory::{
-    BindingView, ConsumerView, DeliveryLimit, ExchangeView, Inventory, NodeView, PolicyView, QueueView, Told,
+    BindingView, ConsumerView, DeliveryLimit, ExchangeView, Inventory, Load, NodeView, PermissionView, PolicyView,
+    QueueView, Told, TopicPermissionView,
 };
 
 use super::{
@@ -112,7 +115,7 @@ impl Management {
         let vhost = encoded(&self.vhost);
         let dotted = format!("{prefix}.");
         let ours = |name: &str| name.starts_with(&dotted) || also.iter().any(|other| other == name);
-        let columns = "name,durable,arguments,policy,operator_policy,effective_policy_definition,state";
+        let columns = "name,type,durable,arguments,policy,operator_policy,effective_policy_definition,state";
         let version = self.version().await?;
         let mut queues: Vec<QueueView> = inventory::list(self.get(format!("queues/{vhost}?columns={columns}")).await?);
         queues.retain(|queue| ours(&queue.name));
@@ -129,7 +132,19 @@ impl Management {
         let policies = told(self.get(format!("policies/{vhost}")).await, inventory::list);
         let columns = "name,running,mem_alarm,disk_free_alarm,partitions";
         let nodes = told(self.get(format!("nodes?columns={columns}")).await, inventory::list);
-        Ok(Inventory { version, exchanges, queues, bindings, consumers, policies, nodes })
+        let permissions = told(self.get(format!("vhosts/{vhost}/permissions")).await, inventory::list);
+        let topic_permissions = told(self.get(format!("vhosts/{vhost}/topic-permissions")).await, inventory::list);
+        Ok(Inventory {
+            version,
+            exchanges,
+            queues,
+            bindings,
+            consumers,
+            policies,
+            nodes,
+            permissions,
+            topic_permissions,
+        })
     }
 
     /// One queue, or nothing where there is none.
@@ -137,6 +152,16 @@ impl Management {
     /// # Errors
     /// When the API cannot be reached or refuses.
     pub async fn queue(&self, name: &str) -> Result<Option<QueueView>, BrokerError> {
+        let path = format!("queues/{}/{}", encoded(&self.vhost), encoded(name));
+        Ok(self.call("GET", path, None).await?.and_then(|value| serde_json::from_value(value).ok()))
+    }
+
+    /// How many messages a queue has, in hands too; nothing where there is no such queue, or no statistics of it yet. They
+    /// follow a change some seconds later.
+    ///
+    /// # Errors
+    /// When the API cannot be reached or refuses.
+    pub async fn load(&self, name: &str) -> Result<Option<Load>, BrokerError> {
         let path = format!("queues/{}/{}", encoded(&self.vhost), encoded(name));
         Ok(self.call("GET", path, None).await?.and_then(|value| serde_json::from_value(value).ok()))
     }
@@ -232,20 +257,7 @@ fn encoded(text: &str) -> String {
 
 /// HTTP basic authorisation.
 fn basic(user: &str, password: &SecretString) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let plain = format!("{user}:{}", password.expose_secret());
-    let mut text = "Basic ".to_owned();
-    for chunk in plain.as_bytes().chunks(3) {
-        let word = chunk.iter().fold(0_u32, |word, &byte| (word << 8) | u32::from(byte)) << (8 * (3 - chunk.len()));
-        for place in 0..4 {
-            if place <= chunk.len() {
-                text.push(char::from(ALPHABET[(word >> (18 - 6 * place)) as usize & 63]));
-            } else {
-                text.push('=');
-            }
-        }
-    }
-    text
+    format!("Basic {}", base64(format!("{user}:{}", password.expose_secret()).as_bytes()))
 }
 
 /// The trust and the client certificate of `settings`; read only where the address needs them.

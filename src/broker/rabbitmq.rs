@@ -5,6 +5,7 @@
 //! on their channels.
 
 mod address;
+mod admin;
 mod browse;
 mod convert;
 mod declare;
@@ -25,6 +26,7 @@ use std::{
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use self::admin::{Admin, Poured, exists_otherwise};
 use self::{
     dial::Target,
     lane::{Lane, Request},
@@ -132,6 +134,14 @@ impl RabbitMq {
             }
         }
         Err(failure.map_or_else(|| BrokerError::Settings("broker.urls is empty".to_owned()), BrokerError::from))
+    }
+
+    /// A connection of its own for changes of the topology.
+    ///
+    /// # Errors
+    /// See [`RabbitMq::about`].
+    pub async fn admin(&self) -> Result<Admin, BrokerError> {
+        Ok(Admin::new(self.connection().await?.1))
     }
 
     fn publisher(&self) -> &Publisher {

@@ -242,6 +242,18 @@ impl Names {
         format!("{}.follow.{unique}", self.prefix)
     }
 
+    /// The beginning of the names of everything that a migration makes for a while.
+    #[must_use]
+    pub fn migration(&self) -> String {
+        format!("{}.migrate.", self.prefix)
+    }
+
+    /// The queue, and the exchange before it, that hold what was in a queue while that one is made anew.
+    #[must_use]
+    pub fn set_aside(&self, queue: &str) -> String {
+        format!("{}old.{queue}", self.migration())
+    }
+
     /// What the fleet shares. `results` names the master's queue of events; empty for none.
     #[must_use]
     pub fn shared_topology(&self, results: &str) -> Topology {

@@ -43,7 +43,7 @@ pub fn wanted_policies(names: &Names, results: &str, longest: Duration, version:
     class("node", format!("^{prefix}\\.node\\."), tasks);
     let master = quoted(results);
     let others = if results.is_empty() { String::new() } else { format!("|^{master}$") };
-    class("shared", format!("^{prefix}\\.(dead$|retry\\.){others}"), definition);
+    class("shared", format!("^{prefix}\\.(dead$|retry\\.|migrate\\.){others}"), definition);
     policies
 }
 
@@ -105,34 +105,39 @@ mod tests {
     }
 
     #[test]
-    fn each_version_gets_only_keys_that_it_knows() {
-        let keys = |version: &str| -> Vec<(String, Vec<String>)> {
-            let keys = |policy: PolicyView| (policy.name, policy.definition.into_keys().collect());
-            policies(version).into_iter().map(keys).collect()
-        };
-        let class =
-            |name: &str, keys: &[&str]| (name.to_owned(), keys.iter().map(|&key| key.to_owned()).collect::<Vec<_>>());
-        assert_eq!(keys("3.10.8"), []);
-        assert_eq!(keys("3.11.28"), []);
-        assert_eq!(keys("3.12.0"), [class("haul-node", &["consumer-timeout"])]);
-        for version in ["4.0.5", "4.3.6"] {
-            assert_eq!(
-                keys(version),
-                [
-                    class("haul-node", &["consumer-timeout", "delivery-limit"]),
-                    class("haul-shared", &["delivery-limit"])
-                ]
-            );
+    fn each_class_of_queue_gets_what_its_version_knows_and_nothing_else() {
+        let unlimited = ("delivery-limit".to_owned(), HeaderValue::Int(-1));
+        let patient = ("consumer-timeout".to_owned(), HeaderValue::Int(30 * 60 * 1000));
+        // An unknown key would refuse the whole policy, and a limit of -1 drops messages before 4.0.
+        for (version, tasks, shared) in [
+            ("3.10.8", vec![], vec![]),
+            ("3.11.28", vec![], vec![]),
+            ("3.12.0", vec![patient.clone()], vec![]),
+            ("3.13.7", vec![patient.clone()], vec![]),
+            ("4.0.5", vec![patient.clone(), unlimited.clone()], vec![unlimited.clone()]),
+            ("4.2.1", vec![patient.clone(), unlimited.clone()], vec![unlimited.clone()]),
+            ("4.3.6", vec![patient, unlimited.clone()], vec![unlimited]),
+        ] {
+            let wanted: Vec<_> = [("haul-node", tasks), ("haul-shared", shared)]
+                .into_iter()
+                .filter(|(_, keys)| !keys.is_empty())
+                .map(|(name, keys)| (name.to_owned(), BTreeMap::from_iter(keys), 50, "queues".to_owned()))
+                .collect();
+            let found: Vec<_> = policies(version)
+                .into_iter()
+                .map(|policy| (policy.name, policy.definition, policy.priority, policy.apply_to))
+                .collect();
+            assert_eq!(found, wanted, "{version}");
         }
     }
 
     #[test]
     fn patterns_match_our_names_only_and_commands_survive_a_shell() {
         let shared = &policies("4.3.6")[1];
-        assert_eq!(shared.pattern, r"^haul\.(dead$|retry\.)|^haul\.master\.event$");
+        assert_eq!(shared.pattern, r"^haul\.(dead$|retry\.|migrate\.)|^haul\.master\.event$");
         assert_eq!(
             set_policy_command(shared, "/"),
-            r#"rabbitmqctl set_policy --vhost / --priority 50 --apply-to queues haul-shared '^haul\.(dead$|retry\.)|^haul\.master\.event$' '{"delivery-limit":-1}'"#
+            r#"rabbitmqctl set_policy --vhost / --priority 50 --apply-to queues haul-shared '^haul\.(dead$|retry\.|migrate\.)|^haul\.master\.event$' '{"delivery-limit":-1}'"#
         );
         assert_eq!(shell("a'b c"), r"'a'\''b c'");
     }

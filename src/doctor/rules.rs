@@ -1,9 +1,13 @@
 //! What is wrong, and what mends it: a pure function of the facts.
 
 mod queues;
+mod users;
+
+use std::collections::{HashMap, HashSet};
 
 use super::{
     Facts, Finding, Item, Severity, State, Wanted,
+    migrate::exchange_mend,
     plan::{BINDS, plan},
     policy::{quoted, set_policy_command, shell},
 };
@@ -28,6 +32,8 @@ pub fn examine(wanted: &Wanted, facts: &Facts) -> Vec<Finding> {
     match &facts.inventory {
         Told::Yes(inventory) => {
             exam.queues(inventory, &mut findings);
+            exam.left_by_a_migration(inventory, &mut findings);
+            exam.users(inventory, &mut findings);
             exam.alarms(inventory, &mut findings);
         }
         Told::No(reason) => exam.unseen(reason, &mut findings),
@@ -74,8 +80,9 @@ impl Exam<'_> {
                     &authority,
                     "the user is guest, whom everybody knows and whom brokers refuse from other machines",
                     format!(
-                        "rabbitmqctl add_user haul && rabbitmqctl set_permissions --vhost {} haul {ours} {ours} {ours}, \
-                         then put that user into broker.urls",
+                        "haul topology users prints users of your own; for one machine: rabbitmqctl add_user haul && \
+                         rabbitmqctl set_permissions --vhost {} haul {ours} {ours} {ours}, then put that user into \
+                         broker.urls",
                         shell(&self.facts.vhost)
                     ),
                 ));
@@ -108,7 +115,8 @@ impl Exam<'_> {
     }
 
     fn objects(&self, findings: &mut Vec<Finding>) {
-        let is_missing = |name: &str| self.facts.missing.iter().any(|missing| missing == name);
+        let missing: HashSet<&str> = self.facts.missing.iter().map(String::as_str).collect();
+        let is_missing = |name: &str| missing.contains(name);
         for item in plan(self.wanted, self.facts) {
             // A binding goes with its exchange and its queue, which are findings of their own.
             if item.what == "binding" && item.name.split(BINDS).any(is_missing) {
@@ -140,39 +148,43 @@ impl Exam<'_> {
     }
 
     fn differing(&self, item: &Item, how: &str) -> Finding {
-        let vhost = shell(&self.facts.vhost);
-        let apply = self.apply(&item.name);
         let problem = if how.contains("x-dead-letter-exchange") && how.contains("missing") {
             format!("it has no dead-letter exchange: what it gives up is lost ({how})")
         } else {
             format!("it differs from the contract: {how}")
         };
-        let mend = if item.what == "queue" {
-            let name = shell(&item.name);
-            format!("rabbitmqctl delete_queue --vhost {vhost} --if-empty {name} && {apply}")
-        } else {
-            let base = self.facts.management_base.as_deref().unwrap_or("http://localhost:15672");
-            let encoded = |text: &str| {
-                percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
-            };
-            format!(
-                "curl -u USER -X DELETE {base}/api/exchanges/{}/{} && {apply}",
-                encoded(&self.facts.vhost),
-                encoded(&item.name)
-            )
-        };
+        let mend = if item.what == "queue" { migrate(&item.name) } else { exchange_mend(self.facts, &item.name) };
         finding(Severity::Red, &item.name, problem, mend)
     }
 
+    /// What is put aside is not where it should be.
+    fn left_by_a_migration(&self, inventory: &Inventory, findings: &mut Vec<Finding>) {
+        let aside = self.wanted.names.migration();
+        let of = |name: &str| name.strip_prefix(&aside)?.split_once('.').map(|(_, queue)| queue.to_owned());
+        let queues = inventory.queues.iter().map(|queue| &queue.name);
+        let exchanges = inventory.exchanges.iter().map(|exchange| &exchange.name);
+        let mut left: Vec<_> = queues.chain(exchanges).filter_map(|name| of(name)).collect();
+        left.sort();
+        left.dedup();
+        findings.extend(left.iter().map(|queue| {
+            let problem = "it is being made anew by haul topology migrate, or was and that was interrupted: messages of it may \
+                           be put aside";
+            finding(Severity::Red, queue, problem, migrate(queue))
+        }));
+    }
+
     fn consumers(&self, findings: &mut Vec<Finding>) {
+        // Of a queue with a single active consumer AMQP counts that one only; the API lists those who wait too.
+        let mut listed: HashMap<&str, usize> = HashMap::new();
+        if let Told::Yes(inventory) = &self.facts.inventory {
+            for consumer in &inventory.consumers {
+                *listed.entry(&consumer.queue).or_default() += 1;
+            }
+        }
         for node in &self.facts.nodes {
             let queue = self.wanted.names.node(node);
             let Some(depth) = self.facts.depths.get(&queue) else { continue };
-            // Of a queue with a single active consumer AMQP counts that one only; the API lists those who wait too.
-            let listed = match &self.facts.inventory {
-                Told::Yes(inventory) => inventory.consumers.iter().filter(|one| one.queue == queue).count(),
-                Told::No(_) => 0,
-            };
+            let listed = listed.get(queue.as_str()).copied().unwrap_or_default();
             match listed.max(depth.consumers as usize) {
                 0 => findings.push(finding(
                     Severity::Yellow,
@@ -292,6 +304,11 @@ impl Exam<'_> {
     }
 }
 
+/// The command that makes a queue anew.
+fn migrate(queue: &str) -> String {
+    format!("haul topology migrate --queue {}", shell(queue))
+}
+
 #[cfg(test)]
 mod tests {
     use std::{collections::BTreeMap, time::Duration};
@@ -344,6 +361,7 @@ mod tests {
             let policy = policies.iter().find(|policy| policy.name == class && !classic);
             QueueView {
                 name: queue.name.clone(),
+                kind: if classic { "classic" } else { "quorum" }.to_owned(),
                 durable: true,
                 arguments: queue.arguments.clone(),
                 policy: Some(policy.map(|policy| policy.name.clone())),
@@ -357,6 +375,7 @@ mod tests {
             destination: binding.queue.clone(),
             destination_type: "queue".to_owned(),
             routing_key: binding.routing_key.clone(),
+            arguments: BTreeMap::new(),
         };
         let depth = |messages, consumers| Depth { messages, consumers };
         Facts {
@@ -377,6 +396,7 @@ mod tests {
                     running: true,
                     ..NodeView::default()
                 }]),
+                ..Inventory::default()
             }),
             management_base: Some("http://127.0.0.1:15672".to_owned()),
             vhost: "/".to_owned(),
@@ -469,7 +489,7 @@ mod tests {
         let findings = after(NEW, |facts| {
             queue(facts, "haul.node.a").arguments.remove("x-dead-letter-exchange");
         });
-        let mend = "rabbitmqctl delete_queue --vhost / --if-empty haul.node.a && haul topology apply --node a";
+        let mend = "haul topology migrate --queue haul.node.a";
         only(findings, Severity::Red, "haul.node.a", "no dead-letter exchange", mend);
     }
 
@@ -478,11 +498,17 @@ mod tests {
         let findings = after(NEW, |facts| {
             queue(facts, "haul.retry.5s").arguments.insert("x-message-ttl".to_owned(), 6000.into());
         });
-        only(findings, Severity::Red, "haul.retry.5s", "x-message-ttl is 6000, not 5000", "--if-empty haul.retry.5s");
+        only(
+            findings,
+            Severity::Red,
+            "haul.retry.5s",
+            "x-message-ttl is 6000, not 5000",
+            "migrate --queue haul.retry.5s",
+        );
         let findings = after(NEW, |facts| {
             queue(facts, "haul.node.a").arguments.insert("x-max-length".to_owned(), 10.into());
         });
-        only(findings, Severity::Red, "haul.node.a", "it has x-max-length=10", "delete_queue");
+        only(findings, Severity::Red, "haul.node.a", "it has x-max-length=10", "migrate");
         let findings = after(NEW, |facts| {
             let exchange = inventory(facts).exchanges.iter_mut().find(|one| one.name == "haul.return").unwrap();
             exchange.arguments.clear();
@@ -494,6 +520,19 @@ mod tests {
             "alternate-exchange=haul.dlx is missing",
             "/api/exchanges/%2F/haul",
         );
+    }
+
+    #[test]
+    fn what_a_migration_left_aside_is_red() {
+        let findings = after(NEW, |facts| {
+            let aside = ["old", "new"].map(|part| QueueView {
+                name: format!("haul.migrate.{part}.haul.node.a"),
+                kind: "quorum".to_owned(),
+                ..QueueView::default()
+            });
+            inventory(facts).queues.extend(aside);
+        });
+        only(findings, Severity::Red, "haul.node.a", "put aside", "haul topology migrate --queue haul.node.a");
     }
 
     #[test]

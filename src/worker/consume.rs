@@ -101,6 +101,10 @@ impl Worker {
 
     /// Everything before the first message.
     async fn prepare(self: &Arc<Self>) -> Result<(), WorkerError> {
+        self.wait_for_a_migration().await?;
+        if self.soft.is_cancelled() {
+            return Ok(());
+        }
         self.ensure_topology().await?;
         self.refuse_an_occupied_queue().await?;
         let unclean = self.journal.note(UNCLEAN).await?.and_then(|text| text.parse().ok()).unwrap_or(0_u32);
@@ -125,6 +129,34 @@ impl Worker {
         Ok(())
     }
 
+    /// While our queue is being made anew, what waited in it is put aside: taking what comes meanwhile would turn the order
+    /// round, and a task that a later one has overtaken is superseded.
+    async fn wait_for_a_migration(&self) -> Result<(), WorkerError> {
+        let queue = self.settings.names.node(&self.settings.node);
+        let aside = self.settings.names.set_aside(&queue);
+        let mut said = false;
+        while !self.soft.is_cancelled() && self.is_there(&aside).await? {
+            if !std::mem::replace(&mut said, true) {
+                tracing::warn!(
+                    broker.queue = queue,
+                    "our queue is being made anew: haul topology migrate completes it"
+                );
+            }
+            tokio::select! {
+                () = tokio::time::sleep(PROBE_INTERVAL) => {}
+                () = self.soft.cancelled() => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_there(&self, queue: &str) -> Result<bool, WorkerError> {
+        match self.broker.depth(queue).await {
+            Err(BrokerError::Refused { reason, .. }) if reason.starts_with("ACCESS_REFUSED") => Ok(false),
+            depth => Ok(depth?.is_some()),
+        }
+    }
+
     /// Makes what is missing where we may; an agent without the right to configure shared objects only checks them.
     async fn ensure_topology(&self) -> Result<(), WorkerError> {
         let names = &self.settings.names;
@@ -137,9 +169,19 @@ impl Worker {
                 return Err(WorkerError::Topology { missing: missing.join(", ") });
             }
         }
-        self.broker.declare(&names.node_topology(&self.settings.node)).await?;
-        self.broker.declare(&names.control_topology(&self.settings.node)).await?;
-        Ok(())
+        self.ensure_own(&names.node_topology(&self.settings.node)).await?;
+        self.ensure_own(&names.control_topology(&self.settings.node)).await
+    }
+
+    /// Makes a queue of our own; who may not can use it all the same where somebody else has made it.
+    async fn ensure_own(&self, own: &Topology) -> Result<(), WorkerError> {
+        match self.broker.declare(own).await {
+            Err(BrokerError::Refused { reason, .. }) if reason.starts_with("ACCESS_REFUSED") => {
+                let missing = self.broker.missing(own).await?;
+                if missing.is_empty() { Ok(()) } else { Err(WorkerError::Topology { missing: missing.join(", ") }) }
+            }
+            declared => Ok(declared?),
+        }
     }
 
     /// A consumer on our queue while we hold the storage lock is another agent of the same name, or the ghost of a

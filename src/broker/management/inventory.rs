@@ -24,6 +24,10 @@ pub struct Inventory {
     pub policies: Told<Vec<PolicyView>>,
     /// Nodes of the broker, or why they cannot be seen.
     pub nodes: Told<Vec<NodeView>>,
+    /// What users may do, or why that cannot be seen: only administrators may ask.
+    pub permissions: Told<Vec<PermissionView>>,
+    /// What users may do by routing key, or why that cannot be seen.
+    pub topic_permissions: Told<Vec<TopicPermissionView>>,
 }
 
 /// An answer, or why there is none.
@@ -65,6 +69,9 @@ pub struct ExchangeView {
 pub struct QueueView {
     /// Its name.
     pub name: String,
+    /// `classic`, `quorum` or `stream`.
+    #[serde(default, rename = "type")]
+    pub kind: String,
     /// Whether it survives a restart.
     #[serde(default)]
     pub durable: bool,
@@ -98,6 +105,9 @@ pub struct BindingView {
     /// Routing key or pattern.
     #[serde(default)]
     pub routing_key: String,
+    /// Its arguments; ours have none.
+    #[serde(default, deserialize_with = "table")]
+    pub arguments: BTreeMap<String, HeaderValue>,
 }
 
 /// A consumer.
@@ -148,6 +158,39 @@ pub struct NodeView {
     /// Nodes that it cannot see.
     #[serde(default)]
     pub partitions: Vec<String>,
+}
+
+/// What a user may do in the virtual host, as three patterns of names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct PermissionView {
+    /// The user.
+    pub user: String,
+    /// What it may declare and delete.
+    pub configure: String,
+    /// What it may publish to, and bind.
+    pub write: String,
+    /// What it may consume, and bind to.
+    pub read: String,
+}
+
+/// What a user may do with a topic exchange, as patterns of routing keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct TopicPermissionView {
+    /// The user.
+    pub user: String,
+    /// The exchange.
+    pub exchange: String,
+    /// Keys that it may publish with.
+    pub write: String,
+    /// Keys that it may bind with.
+    pub read: String,
+}
+
+/// Messages of a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Load {
+    /// All of them: ready, in hands, and on their way to a dead-letter exchange.
+    pub messages: u64,
 }
 
 /// How often a queue delivers one message before it drops or dead-letters it.

@@ -1,8 +1,8 @@
 //! What is wrong with queues that exist: policies, delivery limits, timeouts.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
-use super::{Exam, finding, lagging};
+use super::{Exam, finding, lagging, migrate};
 use crate::{
     broker::management::{DeliveryLimit, Inventory, PolicyView, QueueView, Told},
     doctor::{
@@ -16,8 +16,10 @@ impl Exam<'_> {
     pub(super) fn queues(&self, inventory: &Inventory, findings: &mut Vec<Finding>) {
         let topology = self.wanted.topology(&self.facts.nodes);
         let dead = self.wanted.names.dead();
+        let found: HashMap<&str, &QueueView> =
+            inventory.queues.iter().map(|queue| (queue.name.as_str(), queue)).collect();
         for wanted in &topology.queues {
-            let Some(queue) = inventory.queues.iter().find(|queue| queue.name == wanted.name) else { continue };
+            let Some(&queue) = found.get(wanted.name.as_str()) else { continue };
             let is_quorum = queue.arguments.get("x-queue-type").and_then(HeaderValue::as_text) == Some("quorum");
             if is_quorum {
                 self.policy_in_force(queue, inventory, findings);
@@ -94,8 +96,7 @@ impl Exam<'_> {
             DeliveryLimit::Of(limit) => {
                 let vhost = shell(&self.facts.vhost);
                 let mend = if queue.arguments.contains_key("x-delivery-limit") {
-                    let name = shell(&queue.name);
-                    format!("rabbitmqctl delete_queue --vhost {vhost} --if-empty {name} && {}", self.apply(&queue.name))
+                    migrate(&queue.name)
                 } else if let Some(policy) = self.policy_of(&queue.name) {
                     set_policy_command(&policy, &self.facts.vhost)
                 } else if let Some(Some(policy)) = &queue.policy {
@@ -139,18 +140,18 @@ impl Exam<'_> {
 
     pub(super) fn consumer_timeout(&self, findings: &mut Vec<Finding>) {
         let needed = self.wanted.longest_deadline + DEADLINE_MARGIN;
-        let seen = |queue: &str| match &self.facts.inventory {
-            Told::Yes(inventory) => inventory.queues.iter().find(|found| found.name == queue).and_then(|found| {
-                let policy = found.effective.get("consumer-timeout");
-                let value = found.arguments.get("x-consumer-timeout").or(policy)?.as_int()?;
-                Some(Duration::from_millis(u64::try_from(value).ok()?))
-            }),
-            Told::No(_) => None,
-        };
+        let mut told: HashMap<&str, Duration> = HashMap::new();
+        if let Told::Yes(inventory) = &self.facts.inventory {
+            told.extend(inventory.queues.iter().filter_map(|queue| {
+                let policy = queue.effective.get("consumer-timeout");
+                let value = queue.arguments.get("x-consumer-timeout").or(policy)?.as_int()?;
+                Some((queue.name.as_str(), Duration::from_millis(u64::try_from(value).ok()?)))
+            }));
+        }
         let mut short: Vec<(Duration, String)> = Vec::new();
         for node in &self.facts.nodes {
             let queue = self.wanted.names.node(node);
-            let timeout = seen(&queue).unwrap_or(self.facts.consumer_timeout);
+            let timeout = told.get(queue.as_str()).copied().unwrap_or(self.facts.consumer_timeout);
             if !timeout.is_zero() && timeout < needed {
                 short.push((timeout, queue));
             }
