@@ -262,7 +262,8 @@ async fn a_directory_that_nobody_may_change_defers_what_would_change_it() {
         assert!(!scene.world.project("q").exists());
         drop(fixed);
     }
-    let places = ["storage/projects", "storage/projects/.haul/trash", "storage/projects/.haul/gone", "storage/projects/p"];
+    let places =
+        ["storage/projects", "storage/projects/.haul/trash", "storage/projects/.haul/gone", "storage/projects/p"];
     for place in places {
         let fixed = Immutable::new(scene.world.path(place));
         let failure = scene.world.run(&delete()).await.unwrap_err();

@@ -279,13 +279,7 @@ impl Scene {
     }
 
     /// Does something to `parent`, or to what is around it, some time after `point` is reached.
-    pub(crate) fn at(
-        &self,
-        point: Point,
-        parent: u32,
-        delay: Duration,
-        kill: impl Fn(u32) + Send + 'static,
-    ) -> Strike {
+    pub(crate) fn at(&self, point: Point, parent: u32, delay: Duration, kill: impl Fn(u32) + Send + 'static) -> Strike {
         let over = Arc::new(AtomicBool::new(false));
         let (told, reached) = (Arc::clone(&over), self.reached(point, parent));
         let thread = std::thread::spawn(move || {
