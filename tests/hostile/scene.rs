@@ -170,7 +170,7 @@ impl Scene {
         job(number, kind, project, more)
     }
 
-    /// Runs a task to its end, with a stall limit of a second among the user's files.
+    /// Runs a task to its end, with a stall limit of seconds among the user's files.
     pub(crate) async fn run(&self, kind: &str, project: i64, more: Value) -> Result<TaskResult, Failure> {
         execute(&self.executor, &self.job(kind, project, &more)).await
     }

@@ -113,7 +113,7 @@ pub(crate) fn perform() -> bool {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         told.store(true, Ordering::SeqCst);
     });
-    let mut writer = order.writer();
+    let mut writer = order.writer().calmer();
     work(&mut writer, &stop);
     fs::write(order.report(), serde_json::to_vec(&writer.report()).unwrap()).unwrap();
     true

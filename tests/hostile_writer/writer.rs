@@ -28,6 +28,8 @@ pub(crate) struct Writer {
     /// Where they may lead to.
     outsides: Vec<PathBuf>,
     aside: PathBuf,
+    /// How long it rests at most between two bursts, in microseconds.
+    lull: u64,
     chance: StdRng,
     config: String,
     gc: Option<Child>,
@@ -69,6 +71,12 @@ impl Writer {
         self
     }
 
+    /// One that rests longer between its bursts: whom mode bits hold meets more that is in the way.
+    pub(crate) fn calmer(mut self) -> Self {
+        self.lull = 600_000;
+        self
+    }
+
     /// One that worked in another process, and rests.
     pub(crate) fn rested(project: &Path, report: Report) -> Self {
         Self {
@@ -76,6 +84,7 @@ impl Writer {
             outside: PathBuf::new(),
             outsides: Vec::new(),
             aside: PathBuf::new(),
+            lull: 200_000,
             chance: StdRng::seed_from_u64(0),
             config: report.config,
             gc: None,
@@ -119,7 +128,7 @@ impl Writer {
             _ => self.pipe(),
         }
         // In bursts, with time between them for a pull to come through.
-        let most = if self.chance.random_bool(0.3) { 200_000 } else { 3000 };
+        let most = if self.chance.random_bool(0.3) { self.lull } else { 3000 };
         self.pause(most);
     }
 
