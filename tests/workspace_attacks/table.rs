@@ -321,7 +321,7 @@ fn met_by_git(shown: Shown, w: &Where) -> Result<&'static str, String> {
         git.args(line.replace("^1", &w.first).replace("^2", &w.second).split(' '));
         git
     };
-    let run = |line: &str| bounded(prepared(line), Duration::from_millis(500));
+    let run = |line: &str| bounded(prepared(line), Duration::from_secs(10));
     match shown {
         Shown::Changes(lines) => {
             let said: Vec<_> =
@@ -344,11 +344,13 @@ fn met_by_git(shown: Shown, w: &Where) -> Result<&'static str, String> {
             run(line);
             if w.mark.exists() { Ok("runs the program") } else { Err("it does not run".to_owned()) }
         }
-        Shown::Fails(line) | Shown::FailsUnlessRoot(line) | Shown::FailsIfRoot(line) => match run(line) {
-            None => Ok("hangs"),
-            Some(output) if !output.status.success() => Ok("fails"),
-            Some(_) => Err(format!("git {line} succeeds")),
-        },
+        Shown::Fails(line) | Shown::FailsUnlessRoot(line) | Shown::FailsIfRoot(line) => {
+            match bounded(prepared(line), Duration::from_millis(500)) {
+                None => Ok("hangs"),
+                Some(output) if !output.status.success() => Ok("fails"),
+                Some(_) => Err(format!("git {line} succeeds")),
+            }
+        }
         Shown::Unguarded(..) | Shown::Neither(_) => Err("not for git".to_owned()),
     }
 }

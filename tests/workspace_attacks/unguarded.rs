@@ -21,7 +21,7 @@ const TEST: &str = "unguarded_calls_of_libgit2_do_no_harm_in_a_project_that_nobo
 /// What the process ends with where a call did as a file outside says.
 const OBEYED: u8 = 7;
 /// How long a call may take before it hangs.
-const PATIENCE: Duration = Duration::from_millis(1500);
+const PATIENCE: Duration = Duration::from_secs(4);
 /// An object that nobody has, but for those who plant it.
 const NOBODYS: &str = "1111111111111111111111111111111111111111";
 /// What is written as an object whose name begins with `aa`.
