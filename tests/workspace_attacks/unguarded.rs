@@ -140,10 +140,7 @@ pub(crate) fn perform() {
     std::process::exit(match ended {
         Ok(false) => 0,
         Ok(true) => i32::from(OBEYED),
-        Err(error) => {
-            eprintln!("{error}");
-            1
-        }
+        Err(_) => 1,
     });
 }
 
