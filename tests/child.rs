@@ -4,87 +4,50 @@
 
 #[path = "support/githttp.rs"]
 mod githttp;
+#[path = "support/node.rs"]
+mod node;
 
 use std::{
     io::{Read, Write},
     path::Path,
     process::{Command, Stdio},
-    sync::Mutex,
     time::Duration,
 };
 
-use async_trait::async_trait;
 use haul::{
     failure::{ErrorClass, Failure},
     git::{
-        Fence, Run,
         child::{Children, Role},
         pack,
     },
     protocol::Progress,
 };
+use node::{Bounds, Running};
 use serde_json::{Value, json};
-use tokio::{sync::Notify, time::Instant};
-use tokio_util::sync::CancellationToken;
+use tokio::time::Instant;
 
-struct Always;
-
-#[async_trait]
-impl Fence for Always {
-    async fn check(&self) -> Result<(), Failure> {
-        Ok(())
-    }
+/// Bounds that are not reached.
+fn patient() -> Running {
+    within(Duration::from_secs(30), Duration::from_secs(20))
 }
 
-struct Bounds {
-    deadline: Duration,
-    stall: Duration,
-    cancel: CancellationToken,
-    progress: Mutex<Vec<Progress>>,
-    moved: Notify,
+fn within(deadline: Duration, stall: Duration) -> Running {
+    Running::within_bounds(Bounds { deadline, stall })
 }
 
-impl Default for Bounds {
-    fn default() -> Self {
-        Self {
-            deadline: Duration::from_secs(30),
-            stall: Duration::from_secs(20),
-            cancel: CancellationToken::new(),
-            progress: Mutex::default(),
-            moved: Notify::new(),
+/// Asks a child that misbehaves for this.
+async fn asked(running: &Running, request: &str) -> Result<Value, Failure> {
+    let request = json!({ "do": request });
+    running.run(async |run| misbehaving().run(Role::Workspace, &request, Vec::new(), run).await).await
+}
+
+/// The processes that a stubborn child told of.
+async fn stubborn(running: &Running) -> Vec<i32> {
+    loop {
+        if let Some(progress) = running.progress.lock().unwrap().first() {
+            return progress.phase.split(' ').map(|pid| pid.parse().unwrap()).collect();
         }
-    }
-}
-
-impl Bounds {
-    async fn run(&self, request: &str) -> Result<Value, Failure> {
-        self.within(async |run| misbehaving().run(Role::Workspace, &json!({ "do": request }), Vec::new(), run).await)
-            .await
-    }
-
-    async fn within<T>(&self, work: impl AsyncFnOnce(&Run<'_>) -> T) -> T {
-        let progress = |progress| {
-            self.progress.lock().unwrap().push(progress);
-            self.moved.notify_one();
-        };
-        let run = Run {
-            deadline: Instant::now() + self.deadline,
-            stall: self.stall,
-            cancel: self.cancel.clone(),
-            progress: &progress,
-            fence: &Always,
-        };
-        work(&run).await
-    }
-
-    /// The processes that a stubborn child told of.
-    async fn stubborn(&self) -> Vec<i32> {
-        loop {
-            if let Some(progress) = self.progress.lock().unwrap().first() {
-                return progress.phase.split(' ').map(|pid| pid.parse().unwrap()).collect();
-            }
-            self.moved.notified().await;
-        }
+        running.moved.notified().await;
     }
 }
 
@@ -114,15 +77,15 @@ async fn assert_gone(pids: &[i32]) {
 
 #[tokio::test]
 async fn a_child_reports_and_answers() {
-    let bounds = Bounds::default();
-    assert_eq!(bounds.run("answer").await.unwrap(), 42);
+    let running = patient();
+    assert_eq!(asked(&running, "answer").await.unwrap(), 42);
     let expected = Progress { phase: "receiving".to_owned(), done: 1, total: Some(2), bytes: 3, ..Progress::default() };
-    assert_eq!(*bounds.progress.lock().unwrap(), [expected]);
+    assert_eq!(*running.progress.lock().unwrap(), [expected]);
 }
 
 #[tokio::test]
 async fn a_childs_failure_keeps_its_class_and_loses_its_controls() {
-    let failure = Bounds::default().run("fail").await.unwrap_err();
+    let failure = asked(&patient(), "fail").await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Auth);
     assert!(!failure.message.chars().any(char::is_control), "{failure:?}");
 }
@@ -138,8 +101,8 @@ async fn a_childs_question_is_answered_or_refused() {
                 Ok(json!(question["number"].as_i64().unwrap() + 1))
             })
         };
-        Bounds::default()
-            .within(async |run| {
+        patient()
+            .run(async |run| {
                 let request = json!({ "do": "ask" });
                 misbehaving().run_asking::<_, Value, _>(Role::Workspace, &request, Vec::new(), run, answer).await
             })
@@ -148,16 +111,16 @@ async fn a_childs_question_is_answered_or_refused() {
     assert_eq!(ask(false).await.unwrap(), "thanks");
     assert_eq!(ask(true).await.unwrap_err().class, ErrorClass::Conflict);
     // Nobody listens: the child is told so, and does not wait for ever.
-    assert_eq!(Bounds::default().run("ask").await.unwrap_err().class, ErrorClass::Conflict);
+    assert_eq!(asked(&patient(), "ask").await.unwrap_err().class, ErrorClass::Conflict);
 }
 
 #[tokio::test]
 async fn a_crash_is_told_with_the_end_of_what_was_said() {
-    let failure = Bounds::default().run("crash").await.unwrap_err();
+    let failure = asked(&patient(), "crash").await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Internal);
     assert!(failure.message.contains("exited with code 7"), "{failure}");
     assert!(failure.message.ends_with("the last words") && failure.message.len() < 5000, "{failure}");
-    let failure = Bounds::default().run("die").await.unwrap_err();
+    let failure = asked(&patient(), "die").await.unwrap_err();
     assert!(failure.message.contains("killed by signal 11"), "{failure}");
 }
 
@@ -165,7 +128,7 @@ async fn a_crash_is_told_with_the_end_of_what_was_said() {
 async fn what_is_not_in_the_protocol_is_a_fault_and_is_bounded() {
     for request in ["silent", "garbage", "half", "flood"] {
         let started = Instant::now();
-        let failure = Bounds::default().run(request).await.unwrap_err();
+        let failure = asked(&patient(), request).await.unwrap_err();
         assert_eq!(failure.class, ErrorClass::Internal, "{request}: {failure}");
         assert!(failure.message.len() < 500, "{request}");
         assert!(started.elapsed() < Duration::from_secs(10), "{request}");
@@ -175,65 +138,65 @@ async fn what_is_not_in_the_protocol_is_a_fault_and_is_bounded() {
 #[tokio::test]
 async fn a_child_that_lingers_after_its_answer_is_killed() {
     let started = Instant::now();
-    assert_eq!(Bounds::default().run("linger").await.unwrap(), 1);
+    assert_eq!(asked(&patient(), "linger").await.unwrap(), 1);
     assert!(started.elapsed() < Duration::from_secs(5));
 }
 
 #[tokio::test]
 async fn each_bound_ends_the_whole_group_of_a_stubborn_child() {
     let short = Duration::from_millis(500);
-    for (bounds, class) in [
-        (Bounds { deadline: short, ..Bounds::default() }, ErrorClass::Timeout),
-        (Bounds { stall: short, ..Bounds::default() }, ErrorClass::Stalled),
+    for (running, class) in [
+        (within(short, Duration::from_secs(20)), ErrorClass::Timeout),
+        (within(Duration::from_secs(30), short), ErrorClass::Stalled),
     ] {
-        let failure = bounds.run("stubborn").await.unwrap_err();
+        let failure = asked(&running, "stubborn").await.unwrap_err();
         assert_eq!(failure.class, class);
-        assert_gone(&bounds.stubborn().await).await;
+        assert_gone(&stubborn(&running).await).await;
     }
-    let bounds = Bounds::default();
+    let running = patient();
     let cancel = async {
-        bounds.stubborn().await;
-        bounds.cancel.cancel();
+        stubborn(&running).await;
+        running.cancel.cancel();
     };
-    let (result, ()) = tokio::join!(bounds.run("stubborn"), cancel);
+    let (result, ()) = tokio::join!(asked(&running, "stubborn"), cancel);
     assert_eq!(result.unwrap_err(), Failure::internal("cancelled"));
-    assert_gone(&bounds.stubborn().await).await;
+    assert_gone(&stubborn(&running).await).await;
 }
 
 #[tokio::test]
 async fn a_run_that_is_dropped_kills_the_group() {
-    let bounds = Bounds::default();
+    let running = patient();
     let pids = tokio::select! {
-        _ = bounds.run("stubborn") => panic!("it never ends by itself"),
-        pids = bounds.stubborn() => pids,
+        _ = asked(&running, "stubborn") => panic!("it never ends by itself"),
+        pids = stubborn(&running) => pids,
     };
     assert_gone(&pids).await;
 }
 
 #[tokio::test]
 async fn steps_keep_a_slow_child_alive() {
-    let bounds = Bounds { stall: Duration::from_secs(1), ..Bounds::default() };
-    assert_eq!(bounds.run("busy").await.unwrap(), 1);
+    let running = within(Duration::from_secs(30), Duration::from_secs(1));
+    assert_eq!(asked(&running, "busy").await.unwrap(), 1);
 }
 
 #[tokio::test]
 async fn a_run_that_is_cancelled_before_it_starts_starts_nothing() {
-    let bounds = Bounds::default();
-    bounds.cancel.cancel();
-    assert_eq!(bounds.run("stubborn").await.unwrap_err(), Failure::internal("cancelled"));
-    assert!(bounds.progress.lock().unwrap().is_empty());
+    let running = patient();
+    running.cancel.cancel();
+    assert_eq!(asked(&running, "stubborn").await.unwrap_err(), Failure::internal("cancelled"));
+    assert!(running.progress.lock().unwrap().is_empty());
 }
 
 #[tokio::test]
 async fn a_child_sees_nothing_of_the_agents_surroundings() {
-    assert_eq!(Bounds::default().run("around").await.unwrap(), "/ none /nonexistent");
+    assert_eq!(asked(&patient(), "around").await.unwrap(), "/ none /nonexistent");
 }
 
 #[tokio::test]
 async fn a_program_that_is_not_there_waits_without_spending_attempts() {
     let children = Children::new("/nonexistent/haul".into(), Duration::from_secs(1)).unwrap();
-    let failure = Bounds::default()
-        .within(async |run| children.run::<_, Value>(Role::Pack, &json!({}), Vec::new(), run).await)
+    let failure = patient()
+        .run(async |run| children.run::<_, Value>(Role::Pack, &json!({}), Vec::new(), run).await)
         .await
         .unwrap_err();
     assert_eq!((failure.class, failure.deferred), (ErrorClass::Internal, true));
@@ -272,9 +235,8 @@ async fn packed(mirror: &Path, wants: &[&str], haves: &[&str], target: &Path) ->
     });
     let owned = |oids: &[&str]| oids.iter().map(|&oid| oid.to_owned()).collect::<Vec<_>>();
     let (wants, haves) = (owned(wants), owned(haves));
-    let packed = Bounds::default()
-        .within(async |run| pack::stream(&real(), mirror, &wants, &haves, &[], into.into(), run).await)
-        .await?;
+    let packed =
+        patient().run(async |run| pack::stream(&real(), mirror, &wants, &haves, &[], into.into(), run).await).await?;
     let bytes = reading.await.unwrap();
     assert_eq!(bytes.len() as u64, packed.bytes);
     if packed.objects > 0 {

@@ -8,6 +8,13 @@
 
 #[path = "support/disk.rs"]
 mod disk;
+#[path = "support/githttp.rs"]
+mod githttp;
+#[path = "disk/midway.rs"]
+mod midway;
+#[expect(dead_code, reason = "made for more tests than this one")]
+#[path = "crash_git/scene.rs"]
+mod points;
 #[expect(dead_code, reason = "made for more tests than this one")]
 #[path = "execute/world.rs"]
 mod world;
@@ -34,12 +41,16 @@ struct Scene {
 
 impl Scene {
     async fn on(make: impl FnOnce(&Path) -> Disk) -> Self {
-        let mut world = World::new().await;
-        let disk = make(&world.path("storage"));
-        world.restart().await;
-        let scene = Self { disk, world };
+        let scene = Self::bare(World::new().await, make).await;
         scene.commit(0);
         scene
+    }
+
+    /// The same with an upstream that is empty.
+    async fn bare(mut world: World, make: impl FnOnce(&Path) -> Disk) -> Self {
+        let disk = make(&world.path("storage"));
+        world.restart().await;
+        Self { disk, world }
     }
 
     /// Commits files that differ from those of every other `round` and do not compress well.
@@ -251,7 +262,9 @@ async fn a_directory_that_nobody_may_change_defers_what_would_change_it() {
         assert!(!scene.world.project("q").exists());
         drop(fixed);
     }
-    for place in ["storage/projects", "storage/projects/.haul/gone", "storage/projects/p"] {
+    let places =
+        ["storage/projects", "storage/projects/.haul/trash", "storage/projects/.haul/gone", "storage/projects/p"];
+    for place in places {
         let fixed = Immutable::new(scene.world.path(place));
         let failure = scene.world.run(&delete()).await.unwrap_err();
         assert_disk(&failure);
@@ -261,6 +274,41 @@ async fn a_directory_that_nobody_may_change_defers_what_would_change_it() {
     scene.world.run(&delete()).await.unwrap();
     scene.assert_nothing_in_view("p");
     scene.world.clone(2, "q", json!({})).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_delete_that_cannot_remove_the_binding_is_completed_by_the_next_attempt() {
+    let scene = Scene::on(|at| Disk::new(at, 24, 2048)).await;
+    scene.used_project().await;
+    let delete = scene.world.job("delete", 1, json!({}));
+    let fixed = Immutable::new(scene.world.path("storage/projects/.haul/owners"));
+    assert_disk(&scene.world.run(&delete).await.unwrap_err());
+    // Out of view it stays, and what it takes up is not forgotten.
+    assert!(!scene.project().exists() && scene.world.leftovers().len() == 1);
+    drop(fixed);
+    scene.world.run(&delete).await.unwrap();
+    scene.assert_nothing_in_view("p");
+    assert!(scene.world.executor.project(1).await.deleted);
+}
+
+#[tokio::test]
+async fn a_file_that_nobody_may_remove_is_out_of_view_with_its_project_and_goes_at_a_later_start() {
+    let mut scene = Scene::on(|at| Disk::new(at, 24, 2048)).await;
+    scene.used_project().await;
+    let mut fixed = Immutable::new(scene.project().join("d1/f13"));
+    scene.world.run(&scene.world.job("delete", 1, json!({}))).await.unwrap();
+    assert!(!scene.project().exists() && scene.world.executor.project(1).await.deleted);
+    let left = scene.world.leftovers();
+    assert_eq!(left.len(), 1);
+    // The place is free all the same.
+    scene.world.clone(2, "p", json!({})).await.unwrap();
+    scene.world.restart().await;
+    assert_eq!(scene.world.leftovers(), left);
+    fixed.moved(scene.world.path("storage/projects/.haul/trash").join(&left[0]).join("d1/f13"));
+    drop(fixed);
+    scene.world.restart().await;
+    assert_eq!(scene.world.leftovers(), Vec::<String>::new());
+    assert!(scene.project().exists());
 }
 
 #[tokio::test]
@@ -326,4 +374,38 @@ async fn a_device_that_fails_stops_a_pull_and_every_file_is_old_or_new() {
         scene.assert_pulls(&tip, 1).await;
     }
     assert!(failed >= 3, "the device failed in too few places: {failed}");
+}
+
+#[tokio::test]
+async fn a_device_that_fails_leaves_a_delete_done_or_not_done_and_the_next_attempt_completes() {
+    let (mut failed, mut intact) = (0, 0);
+    // Where the tombstone is written, and where the file system's own journal is.
+    let thin = [(false, 0), (false, 4)];
+    let brittle = [0, 4, 8, 12, 16, 20, 28, 40].map(|kib| (true, kib));
+    for (brittle, kib) in thin.into_iter().chain(brittle) {
+        let mut scene = Scene::on(|at| if brittle { Disk::brittle(at, 48) } else { Disk::thin(at, 48) }).await;
+        scene.used_project().await;
+        let before = listing(&scene.project());
+        scene.disk.fail_after(kib);
+        let delete = scene.world.job("delete", 1, json!({}));
+        let first = scene.world.run(&delete).await;
+        if let Err(failure) = &first {
+            assert_disk(failure);
+            failed += 1;
+        }
+        mend(&mut scene).await;
+        if scene.project().exists() {
+            assert!(first.is_err(), "a project is back after its delete ({kib} KiB)");
+            assert!(scene.world.executor.project(1).await.active, "a project stands and is nobody's ({kib} KiB)");
+            assert_eq!(listing(&scene.project()), before);
+            git(&scene.project(), &["fsck", "--connectivity-only", "--no-dangling", "--no-progress"]);
+            intact += 1;
+        }
+        scene.world.run(&delete).await.unwrap();
+        scene.assert_nothing_in_view("p");
+        assert!(scene.world.executor.project(1).await.deleted);
+        scene.world.clone(1, "p", json!({})).await.unwrap();
+        assert_alike(&scene.project(), &scene.world.reference(&[]));
+    }
+    assert!(failed >= 4 && intact >= 2, "the device failed in too few places: {failed}, {intact} left intact");
 }

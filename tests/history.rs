@@ -23,8 +23,12 @@ mod writer;
 
 use std::time::Duration;
 
-use githttp::Behaviour;
-use haul::{failure::ErrorClass, git::GitSettings};
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use githttp::{Behaviour, Server};
+use haul::{
+    failure::ErrorClass,
+    git::{GitSettings, settings::Engine},
+};
 use scene::Scene;
 use serde_json::json;
 use world::{git, write};
@@ -63,6 +67,47 @@ async fn a_clone_shows_its_tree_first_and_with_its_history_equals_one_that_waite
     }
 }
 
+/// The same whatever the encryption, and whatever speaks with the upstream.
+async fn shows_its_tree_first(transport: Engine, tls: bool) {
+    let settings = GitSettings {
+        tree_first_after: Some(Duration::ZERO),
+        transport,
+        transport_fallback: false,
+        ca_file: tls.then(githttp::ca_file),
+        ..GitSettings::default()
+    };
+    let scene = Scene::serving(settings, if tls { Server::start_tls } else { Server::start }).await;
+    let result = scene.tree_first(json!({})).await;
+    assert_eq!(result.source.as_deref(), Some("upstream"));
+    assert!(scene.is_shallow());
+    assert_eq!(git(&scene.project(), &["status", "--porcelain"]), "");
+    scene.server.behave(Behaviour::Serve);
+    scene.history().await.unwrap().unwrap();
+    let counts = scene.server.counts();
+    // The command asks once more for the tags that point to the tree's commit.
+    let asked = if transport == Engine::Git { (3, 2) } else { (2, 1) };
+    assert_eq!((counts.packs, counts.depths), asked, "the whole was fetched once, the tree once");
+    scene.equals_one_that_waited(&json!({}));
+    let new = scene.world.commit(&[("a.txt", "newer\n")]);
+    assert_eq!(scene.world.pull(1, json!({})).await.unwrap().head, Some(new));
+    scene.equals_one_that_waited(&json!({}));
+}
+
+#[tokio::test]
+async fn a_tree_comes_first_over_tls() {
+    shows_its_tree_first(Engine::Gix, true).await;
+}
+
+#[tokio::test]
+async fn a_tree_comes_first_by_the_git_command() {
+    shows_its_tree_first(Engine::Git, false).await;
+}
+
+#[tokio::test]
+async fn a_tree_comes_first_by_the_git_command_over_tls() {
+    shows_its_tree_first(Engine::Git, true).await;
+}
+
 #[tokio::test]
 async fn a_host_with_one_transfer_at_a_time_shows_its_trees_first_too() {
     let settings = GitSettings { tree_first_after: Some(Duration::ZERO), host_limit: 1, ..GitSettings::default() };
@@ -71,6 +116,23 @@ async fn a_host_with_one_transfer_at_a_time_shows_its_trees_first_too() {
     scene.server.behave(Behaviour::Serve);
     scene.history().await.unwrap().unwrap();
     scene.equals_one_that_waited(&json!({}));
+}
+
+#[tokio::test]
+async fn of_several_clones_of_a_cold_upstream_one_shows_its_tree_first_and_the_others_come_whole() {
+    let scene = Scene::new().await;
+    scene.server.behave(Behaviour::HoldWhole);
+    let job = |number: i64| scene.world.clone_job(number, &format!("p{number}"), json!({"git_url": scene.url()}));
+    let jobs = [1, 2, 3].map(job);
+    let mut clones: FuturesUnordered<_> = jobs.iter().map(|job| scene.world.run(job)).collect();
+    let first = clones.next().await.unwrap().unwrap();
+    assert_eq!(first.history.as_deref(), Some("pending"));
+    scene.server.behave(Behaviour::Serve);
+    while let Some(next) = clones.next().await {
+        assert_eq!(next.unwrap().history, None);
+    }
+    let counts = scene.server.counts();
+    assert_eq!((counts.packs, counts.depths), (2, 1), "the whole was fetched once, the tree once");
 }
 
 #[tokio::test]

@@ -2,7 +2,8 @@
 //!
 //! The writer swaps files and directories for links, rewrites settings, takes and drops locks, moves refs, prunes, edits
 //! and makes unreadable, all of it by chance from a seed that is printed. Whatever it does, nothing outside the project
-//! changes, every pull ends soon, and no file of the user is lost.
+//! changes, every pull ends soon, and no file of the user is lost. All of it runs twice: as whoever runs the tests, and
+//! with an owner without privileges, who is the writer, while the agent is root.
 
 #![allow(
     clippy::pedantic,
@@ -11,33 +12,45 @@
 )]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "hostile_writer/beside.rs"]
+mod beside;
 #[path = "support/githttp.rs"]
 mod githttp;
 #[path = "hostile/scene.rs"]
 mod scene;
 #[path = "hostile/trace.rs"]
 mod trace;
+#[path = "workspace_attacks/user.rs"]
+mod user;
 #[path = "hostile_writer/writer.rs"]
 mod writer;
 
 use std::{
     collections::BTreeMap,
     fs,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    process::Command,
     time::{Duration, Instant},
 };
 
+use beside::Beside;
 use haul::failure::ErrorClass;
-use scene::{Scene, assert_untouched, commit, git, snapshot};
+use scene::{Scene, assert_untouched, commit, git, give, owner, snapshot};
 use serde_json::json;
-use writer::{TRACKED, Writer};
+use writer::TRACKED;
 
 /// How many pulls there are, and with how many of them upstream moves.
 const PULLS: u64 = 200;
 const EVERY: u64 = 3;
+/// What is run once more with an owner, and what lets the owner write.
+const PULLED: &str = "two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_is_outside_alone";
+const OWNED: &str = "two_hundred_pulls_of_an_agent_that_is_root_beside_its_hostile_owner_do_so_too";
+
+#[test]
+fn two_hundred_pulls_of_an_agent_that_is_root_beside_its_hostile_owner_do_so_too() {
+    if !beside::perform() {
+        user::again(&[PULLED], true);
+    }
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_is_outside_alone() {
@@ -47,20 +60,20 @@ async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_i
     let scene = Scene::new(false).await;
     scene.clone(1, "p").await.unwrap();
     let project = scene.project("p");
-    let outside = snapshot(&scene.outside());
-    let stop = Arc::new(AtomicBool::new(false));
-    let writer = Writer::new(&project, &scene.outside(), &scene.path("aside"), u64::from(seed));
-    let writing = {
-        let stop = stop.clone();
-        std::thread::spawn(move || {
-            let mut writer = writer;
-            while !stop.load(Ordering::SeqCst) {
-                writer.step();
-            }
-            writer.rest();
-            writer
-        })
+    // The same as what is outside, and nobody's but the agent's.
+    let sealed = scene.path("sealed");
+    let copied =
+        Command::new("cp").args(["-dR", "--preserve=mode,timestamps"]).args([&scene.outside(), &sealed]).status();
+    assert!(copied.unwrap().success());
+    let both = || [snapshot(&scene.outside()), snapshot(&sealed)];
+    let outside = both();
+    let assert_nothing_outside = |what: &str| {
+        for (before, after) in outside.iter().zip(&both()) {
+            assert_untouched(before, after, what);
+        }
     };
+    let place = scene.path("writers");
+    let beside = Beside::start(&project, &scene.outside(), &sealed, &place, u64::from(seed), OWNED);
     let mut versions: Vec<BTreeMap<&str, String>> = vec![contents(0)];
     let mut ends: BTreeMap<String, u32> = BTreeMap::new();
     let mut slowest = Duration::ZERO;
@@ -86,12 +99,14 @@ async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_i
         };
         *ends.entry(told).or_default() += 1;
     }
-    stop.store(true, Ordering::SeqCst);
-    let writer = writing.join().unwrap();
-    assert_untouched(&outside, &snapshot(&scene.outside()), "a pull beside a hostile writer");
-    println!("{PULLS} pulls, the slowest {slowest:?}, ended as {ends:?}; {} steps of the writer", writer.steps);
+    let writer = beside.rest();
+    assert_nothing_outside("a pull beside a hostile writer");
+    let whose = if owner().is_some() { "the owner" } else { "the agent's own user" };
+    println!("{PULLS} pulls, the slowest {slowest:?}, ended as {ends:?}; {} steps of {whose}", writer.steps);
+    assert!(writer.steps > PULLS, "a writer that rests is not hostile: {}", writer.steps);
     assert!(slowest < Duration::from_secs(15), "a pull took {slowest:?}");
-    assert!(ends.contains_key("updated"), "no pull ever came through: {ends:?}");
+    let through = ["updated", "nothing new"].iter().filter_map(|end| ends.get(*end)).sum::<u32>();
+    assert!(through > 0, "no pull ever came through: {ends:?}");
 
     // What only the user has is as the user left it; what upstream has too is one of the two.
     for (name, content) in &writer.own {
@@ -109,6 +124,12 @@ async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_i
     }
     // Once the writer rests, a pull gets through, and what it leaves is sound.
     writer.mend(&scene.url());
+    give(&project);
+    // What is not to be brought stays as its user left it, gone or changed: so everything is.
+    let next = contents(PULLS + 1);
+    let files: Vec<(&str, &str)> = next.iter().map(|(name, text)| (*name, text.as_str())).collect();
+    commit(&scene.upstream.path(), &files);
+    versions.push(next);
     let _ = scene.run("pull", 1, json!({"on_conflict": "reset"})).await;
     let last = scene.run("pull", 1, json!({"on_conflict": "reset"})).await.unwrap();
     let tip = git(&scene.upstream.path(), &["rev-parse", "main"]);
@@ -123,7 +144,7 @@ async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_i
     let left = fs::read_dir(project.join(".git")).unwrap().map(|entry| entry.unwrap().file_name());
     let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with("haul-")).collect();
     assert!(left.is_empty(), "left behind: {left:?}");
-    assert_untouched(&outside, &snapshot(&scene.outside()), "a pull after a hostile writer");
+    assert_nothing_outside("a pull after a hostile writer");
 }
 
 /// What upstream has at one of its commits.

@@ -4,12 +4,14 @@
 
 #[path = "support/githttp.rs"]
 mod githttp;
+#[path = "support/owners.rs"]
+mod owners;
 #[path = "execute/world.rs"]
 #[allow(dead_code, reason = "each suite uses its own part of it")]
 mod world;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::Write,
     os::unix::fs::PermissionsExt,
@@ -21,8 +23,9 @@ use githttp::{Request, Server};
 use haul::{
     failure::{ErrorClass, Failure},
     git::GitSettings,
-    protocol::TaskResult,
+    protocol::{Owner, TaskResult},
 };
+use owners::owners;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use world::{World, class, git, git_raw, read, write};
@@ -242,6 +245,64 @@ async fn lfs_files_are_in_their_places_and_git_finds_the_project_clean() {
     // A change of the user's is one.
     write(&project, "a.bin", "changed");
     assert_eq!(git(&project, &["status", "--porcelain"]), " M a.bin");
+    assert!(stage.world.leftovers().is_empty());
+}
+
+#[tokio::test]
+async fn lfs_files_are_their_owners_like_everything_else() {
+    assert!(rustix::process::getuid().is_root(), "this test changes users: run it as root (scripts/test does)");
+    let owner = Owner { uid: 54_321, gid: 54_322 };
+    let stage = Stage::with(|settings| settings.run_as = Some(owner)).await;
+    stage.commit(&[("plain.txt", "plain")], &[("a.bin", b"large a"), ("dir/deep/b.bin", &vec![7; 300_000])]);
+    stage.clone(1, "p").await.unwrap();
+    let project = stage.world.project("p");
+    let all_theirs = || assert_eq!(owners(&project), BTreeSet::from([(owner.uid, owner.gid)]));
+    // Git is told that it may work in what is somebody else's.
+    let clean = || assert_eq!(git(&project, &["-c", "safe.directory=*", "status", "--porcelain"]), "");
+    all_theirs();
+    clean();
+    assert_eq!(read(&project, "a.bin"), "large a");
+    assert_eq!(fs::read(project.join("dir/deep/b.bin")).unwrap(), vec![7; 300_000]);
+    let kept = oid(b"large a");
+    assert_eq!(read(&project, &format!(".git/lfs/objects/{}/{}/{kept}", &kept[..2], &kept[2..4])), "large a");
+    // From what the node has by now, and for another owner's project apart from the first.
+    stage.clone(2, "q").await.unwrap();
+    assert_eq!(stage.script.lock().unwrap().downloads.len(), 2);
+    assert_eq!(owners(&stage.world.project("q")), BTreeSet::from([(owner.uid, owner.gid)]));
+    stage.commit(&[], &[("a.bin", b"large a, changed")]);
+    stage.world.pull(1, json!({})).await.unwrap();
+    assert_eq!(read(&project, "a.bin"), pointer(b"large a, changed"));
+    all_theirs();
+    clean();
+    stage.world.run(&stage.world.job("delete", 1, json!({}))).await.unwrap();
+    stage.assert_nothing("p");
+}
+
+#[tokio::test]
+async fn a_clone_of_some_depth_has_the_lfs_files_of_its_tree_and_no_older_ones() {
+    let stage = Stage::new().await;
+    for number in 0..4 {
+        stage.commit(&[("plain.txt", &number.to_string())], &[("a.bin", format!("large {number}").as_bytes())]);
+    }
+    let clone = |project, target, more: Value| {
+        let mut fields = json!({"lfs": true, "credential": "team", "git_url": stage.server.url("up.git")});
+        fields.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        stage.world.clone_job(project, target, fields)
+    };
+    stage.world.run(&clone(1, "p", json!({"depth": 2}))).await.unwrap();
+    let project = stage.world.project("p");
+    assert_eq!(
+        (read(&project, "a.bin").as_str(), stage.script.lock().unwrap().batches.as_slice()),
+        ("large 3", &[1][..])
+    );
+    assert_eq!(git(&project, &["rev-list", "--count", "HEAD"]), "2");
+    assert_eq!(git(&project, &["status", "--porcelain"]), "");
+    git(&project, &["fsck", "--full", "--strict"]);
+    // Neither a store of objects nor one of files is left of it.
+    assert_eq!(fs::read_dir(stage.world.mirrors()).unwrap().count(), 0);
+    stage.commit(&[], &[("b.bin", b"more")]);
+    stage.world.pull(1, json!({})).await.unwrap();
+    assert_eq!((read(&project, "a.bin").as_str(), read(&project, "b.bin")), ("large 3", pointer(b"more")));
     assert!(stage.world.leftovers().is_empty());
 }
 

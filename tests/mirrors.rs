@@ -5,8 +5,10 @@
 
 #[path = "support/githttp.rs"]
 mod githttp;
-#[path = "mirrors/node.rs"]
+#[path = "support/node.rs"]
 mod node;
+#[path = "mirrors/place.rs"]
+mod place;
 #[path = "mirrors/repairs.rs"]
 mod repairs;
 #[path = "mirrors/resuming.rs"]

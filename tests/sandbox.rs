@@ -12,6 +12,8 @@ mod inside;
 mod owners;
 #[path = "sandbox/running.rs"]
 mod running;
+#[path = "support/owners.rs"]
+mod whose;
 #[expect(dead_code, reason = "shared with the tests of the executor, which use more of it")]
 #[path = "execute/world.rs"]
 mod world;

@@ -4,6 +4,8 @@
 
 #[path = "support/githttp.rs"]
 mod githttp;
+#[path = "support/owners.rs"]
+mod owners;
 #[path = "execute/world.rs"]
 #[allow(dead_code, reason = "each suite uses its own part of it")]
 mod world;
@@ -18,6 +20,7 @@ use std::{
 
 use githttp::Server;
 use haul::{failure::ErrorClass, git::GitSettings, protocol::Owner};
+use owners::owners;
 use serde_json::json;
 use world::{World, git, git_raw, listing, read, write};
 
@@ -128,6 +131,38 @@ async fn submodules_equal_those_of_git_and_their_users_git_goes_on_with_them() {
 }
 
 #[tokio::test]
+async fn a_clone_of_some_depth_has_its_submodules_with_their_whole_histories_as_git_makes_them() {
+    let world = World::new().await;
+    let mut sub = String::new();
+    for number in 0..3 {
+        sub = upstream(&world, "sub", &[("s.txt", &number.to_string())], &[]);
+    }
+    for number in 0..3 {
+        world.commit(&[("b.txt", &number.to_string())]);
+    }
+    record(&world.seed(), &[("sub", "libs/sub", "../sub.git", &sub)]);
+    world.clone(1, "p", json!({"submodules": true, "depth": 2})).await.unwrap();
+    let (ours, reference) = (world.project("p"), world.reference(&["--depth", "2", "--recurse-submodules"]));
+    assert_eq!(listing(&ours), listing(&reference));
+    assert_eq!(submodule_status(&ours), submodule_status(&reference));
+    assert_eq!(read(&ours, ".git/shallow"), read(&reference, ".git/shallow"));
+    for (at, commits) in [("", "2"), ("libs/sub", "3")] {
+        for project in [&ours, &reference] {
+            assert_eq!(git(&project.join(at), &["rev-list", "--count", "HEAD"]), commits, "{at}");
+        }
+        let fsck = git_raw(&ours.join(at), &["fsck", "--full", "--strict"]);
+        assert!(fsck.status.success(), "{at}: {}", String::from_utf8_lossy(&fsck.stderr));
+        assert_eq!(git(&ours.join(at), &["status", "--porcelain"]), "");
+    }
+    // A pull goes on with it.
+    write(&world.seed(), "b.txt", "more");
+    let tip = record(&world.seed(), &[("sub", "libs/sub", "../sub.git", &sub)]);
+    assert_eq!(world.pull(1, json!({})).await.unwrap().head, Some(tip));
+    assert_eq!(git(&ours, &["status", "--porcelain"]), "");
+    assert!(world.leftovers().is_empty());
+}
+
+#[tokio::test]
 async fn a_clone_that_does_not_ask_for_submodules_has_none() {
     let world = furnished().await;
     world.clone(1, "p", json!({})).await.unwrap();
@@ -228,25 +263,13 @@ async fn hostile_submodules_fail_the_clone_and_leave_nothing() {
 
 #[tokio::test]
 async fn submodules_are_their_owners_like_everything_else() {
-    use std::os::unix::fs::MetadataExt;
-    fn owners(path: &Path, all: &mut BTreeSet<(u32, u32)>) {
-        let stat = path.symlink_metadata().unwrap();
-        all.insert((stat.uid(), stat.gid()));
-        if stat.is_dir() {
-            for entry in fs::read_dir(path).unwrap() {
-                owners(&entry.unwrap().path(), all);
-            }
-        }
-    }
     assert!(rustix::process::getuid().is_root(), "this test changes users: run it as root (scripts/test does)");
     let mut world = furnished().await;
     let owner = Owner { uid: 54_321, gid: 54_322 };
     world.settings.run_as = Some(owner);
     world.restart().await;
     world.clone(1, "p", json!({"submodules": true})).await.unwrap();
-    let mut all = BTreeSet::new();
-    owners(&world.project("p"), &mut all);
-    assert_eq!(all, BTreeSet::from([(owner.uid, owner.gid)]));
+    assert_eq!(owners(&world.project("p")), BTreeSet::from([(owner.uid, owner.gid)]));
     assert_eq!(read(&world.project("p"), "libs/one/in/ner/inner.txt"), "inner");
     world.run(&world.job("delete", 1, json!({}))).await.unwrap();
     assert!(!world.project("p").exists() && world.leftovers().is_empty());

@@ -8,190 +8,42 @@ mod dns;
 mod githttp;
 #[path = "transfer/hostile.rs"]
 mod hostile;
+#[path = "support/node.rs"]
+mod node;
 #[path = "transfer/proxy.rs"]
 mod proxy;
 #[path = "transfer/ssh.rs"]
 mod ssh;
 
 use std::{
-    collections::BTreeMap,
     fs,
     io::Write as _,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    sync::Mutex,
     time::Duration,
 };
 
-use async_trait::async_trait;
 use githttp::{Behaviour, Server, Upstream};
 use haul::{
     failure::{ErrorClass, Failure},
     git::{
-        Fence, Run,
-        child::Children,
-        mirror::{Fetched, Mirrors, Source, Want},
+        mirror::{Source, Want},
         settings::{Engine, GitSettings},
     },
-    protocol::{CredentialName, GitUrl, Progress},
+    protocol::GitUrl,
 };
-use tokio::{sync::Notify, time::Instant};
-use tokio_util::sync::CancellationToken;
+use node::{Node, assert_sound, eventually, refs, rich};
+use tokio::time::Instant;
 
 /// The secret that must appear nowhere; with the user of tokens it is `eC1hY2Nlc3MtdG9rZW46Y2FuYXJ5` in base64.
 const CANARY: &str = "canary";
 const CANARY_LOGIN: &str = "eC1hY2Nlc3MtdG9rZW46Y2FuYXJ5";
 
-struct Always;
-
-#[async_trait]
-impl Fence for Always {
-    async fn check(&self) -> Result<(), Failure> {
-        Ok(())
-    }
-}
-
-/// A storage directory with its mirrors, and the bounds of the fetches into it.
-struct Node {
-    storage: tempfile::TempDir,
-    mirrors: Mirrors,
-    deadline: Duration,
-    stall: Duration,
-    cancel: CancellationToken,
-    progress: Mutex<Vec<Progress>>,
-    moved: Notify,
-}
-
-impl Node {
-    async fn new() -> Self {
-        Self::with(|_| {}).await
-    }
-
-    async fn with(change: impl FnOnce(&mut GitSettings)) -> Self {
-        let storage = tempfile::tempdir().unwrap();
-        let credentials = storage.path().join("credentials");
-        fs::create_dir(&credentials).unwrap();
-        let mut settings = GitSettings {
-            allow_http: true,
-            allow_file: true,
-            allow_loopback: true,
-            credentials_path: Some(credentials),
-            ..GitSettings::default()
-        };
-        change(&mut settings);
-        let children = Children::new(env!("CARGO_BIN_EXE_haul").into(), Duration::from_secs(2)).unwrap();
-        let mirrors = Mirrors::open(storage.path(), &settings, children).await.unwrap();
-        Self {
-            storage,
-            mirrors,
-            deadline: Duration::from_mins(1),
-            stall: Duration::from_secs(30),
-            cancel: CancellationToken::new(),
-            progress: Mutex::default(),
-            moved: Notify::new(),
-        }
-    }
-
-    /// A credential of the host that our servers have.
-    fn credential(&self, file: &str, text: &str) {
-        self.credential_at(&format!("localhost/{file}"), text);
-    }
-
-    fn credential_at(&self, file: &str, text: &str) {
-        let path = self.storage.path().join("credentials").join(file);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    }
-
-    async fn fetch(&self, url: &str) -> Result<Fetched, Failure> {
-        self.fetch_as(url, None, &Want::All).await
-    }
-
-    async fn fetch_as(&self, url: &str, credential: Option<&str>, want: &Want) -> Result<Fetched, Failure> {
-        let credential = credential.map(|name| CredentialName::new(name).unwrap());
-        let progress = |progress| {
-            self.progress.lock().unwrap().push(progress);
-            self.moved.notify_one();
-        };
-        let run = Run {
-            deadline: Instant::now() + self.deadline,
-            stall: self.stall,
-            cancel: self.cancel.clone(),
-            progress: &progress,
-            fence: &Always,
-        };
-        self.mirrors.fetch(&GitUrl::parse(url).unwrap(), credential.as_ref(), want, &run).await
-    }
-
-    /// Waits until some of a pack has arrived.
-    async fn receiving(&self) {
-        while !self.progress.lock().unwrap().iter().any(|progress| progress.bytes > 0) {
-            self.moved.notified().await;
-        }
-    }
-
-    /// The processes that have something of this node's storage open.
-    fn processes(&self) -> Vec<i32> {
-        let own = std::process::id().cast_signed();
-        let numbers = fs::read_dir("/proc").unwrap().flatten();
-        let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let opens = |pid: &i32| {
-            let links = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-            let mut targets = links.filter_map(|link| fs::read_link(link.path()).ok());
-            targets.any(|target| target.starts_with(self.storage.path()))
-        };
-        pids.filter(|&pid| pid != own).filter(opens).collect()
-    }
-
-    fn leftovers(&self) -> Vec<PathBuf> {
-        let mirrors = self.storage.path().join(".haul/mirrors");
-        let packs = fs::read_dir(mirrors).unwrap().flatten().map(|entry| entry.path().join("objects/pack"));
-        let files = packs.filter_map(|packs| fs::read_dir(packs).ok()).flatten().flatten().map(|entry| entry.path());
-        files.filter(|path| !["pack", "idx"].iter().any(|end| path.extension().is_some_and(|it| it == *end))).collect()
-    }
-}
-
-/// Waits until `is_so`, but not for ever.
-async fn eventually(is_so: impl Fn() -> bool) {
-    let waiting = async {
-        while !is_so() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), waiting).await.expect("it never came to pass");
-}
-
-/// The refs of a repository, as git lists them.
-fn refs(repository: &Path) -> BTreeMap<String, String> {
-    let output =
-        githttp::git_command(repository).args(["for-each-ref", "--format=%(refname) %(objectname)"]).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.lines().map(|line| line.split_once(' ').unwrap()).map(|(a, b)| (a.to_owned(), b.to_owned())).collect()
-}
-
-fn assert_sound(repository: &Path) {
-    let output = githttp::git_command(repository).args(["fsck", "--full", "--strict"]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// Branches, lightweight and annotated tags, and a merge of two histories.
-fn rich() -> Upstream {
-    let upstream = Upstream::new();
-    let first = upstream.commit("main", &[("a.txt", "1")]);
-    upstream.git(&["tag", "light", &first]);
-    upstream.commit("main", &[("a.txt", "2"), ("b.txt", "1")]);
-    upstream.git(&["tag", "-a", "-m", "a tag", "v1.0", "main"]);
-    upstream.commit("feature/x", &[("c.txt", "1")]);
-    upstream.git(&["tag", "-a", "-m", "a tag", "other", "feature/x"]);
-    upstream
-}
-
 #[tokio::test]
 async fn a_mirror_equals_what_git_itself_would_clone() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let fetched = node.fetch(&server.url("app.git")).await.unwrap();
     assert_eq!(fetched.source, Source::Upstream);
     assert_eq!(fetched.listing.head.as_deref(), Some("refs/heads/main"));
@@ -207,7 +59,7 @@ async fn a_mirror_equals_what_git_itself_would_clone() {
 async fn a_fetch_with_nothing_new_lists_once_and_asks_for_no_pack() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let first = node.fetch(&server.url("app.git")).await.unwrap();
     let before = server.counts();
     let again = node.fetch(&server.url("app.git")).await.unwrap();
@@ -221,7 +73,7 @@ async fn a_fetch_with_nothing_new_lists_once_and_asks_for_no_pack() {
 async fn only_what_is_new_is_received_and_what_is_gone_is_forgotten() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.fetch(&server.url("app.git")).await.unwrap();
     upstream.commit("main", &[("a.txt", "3"), ("b.txt", "1")]);
     upstream.git(&["update-ref", "-d", "refs/heads/feature/x"]);
@@ -247,7 +99,7 @@ async fn deltas_are_resolved_also_against_what_is_already_there() {
     }
     upstream.git(&["repack", "-adfq", "--depth=50"]);
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let first = node.fetch(&server.url("app.git")).await.unwrap();
     assert_sound(&first.path);
     upstream.commit("main", &[("a.txt", &text(1999))]);
@@ -262,7 +114,7 @@ async fn deltas_are_resolved_also_against_what_is_already_there() {
 async fn a_rewritten_branch_is_followed() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.fetch(&server.url("app.git")).await.unwrap();
     upstream.git(&["update-ref", "-d", "refs/heads/main"]);
     let tip = upstream.commit("main", &[("new.txt", "x")]);
@@ -276,7 +128,7 @@ async fn an_empty_repository_has_a_head_and_nothing_else() {
     let upstream = Upstream::new();
     upstream.git(&["symbolic-ref", "HEAD", "refs/heads/trunk"]);
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let fetched = node.fetch(&server.url("app.git")).await.unwrap();
     assert_eq!(fetched.listing.head.as_deref(), Some("refs/heads/trunk"));
     assert!(fetched.listing.refs.is_empty());
@@ -290,7 +142,7 @@ async fn an_empty_repository_has_a_head_and_nothing_else() {
 async fn one_branch_comes_with_the_tags_that_point_into_it() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let want = Want::Branch("feature/x".to_owned());
     let fetched = node.fetch_as(&server.url("app.git"), None, &want).await.unwrap();
     assert!(fetched.listing.refs.contains_key("refs/heads/feature/x"));
@@ -313,7 +165,7 @@ async fn a_commit_that_no_ref_leads_to_is_fetched_or_not_found() {
     upstream.git(&["update-ref", "-d", "refs/heads/gone"]);
     upstream.git(&["config", "uploadpack.allowAnySHA1InWant", "true"]);
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let url = server.url("app.git");
     node.fetch_as(&url, None, &Want::Commit(hidden)).await.unwrap();
     let absent = Want::Commit("1".repeat(40));
@@ -326,12 +178,12 @@ async fn a_commit_that_no_ref_leads_to_is_fetched_or_not_found() {
 #[tokio::test]
 async fn a_file_upstream_is_read_where_that_is_allowed() {
     let upstream = rich();
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let fetched = node.fetch(&upstream.file_url()).await.unwrap();
     assert_eq!(refs(&fetched.path), refs(&upstream.path()));
     let failure = node.fetch("file:///nowhere/at/all.git").await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::NotFound);
-    let node = Node::with(|settings| settings.allow_file = false).await;
+    let node = Node::with(Engine::Gix, |settings| settings.allow_file = false).await;
     assert_eq!(node.fetch(&upstream.file_url()).await.unwrap_err().class, ErrorClass::Forbidden);
 }
 
@@ -340,7 +192,7 @@ async fn a_credential_opens_the_upstream_and_appears_nowhere() {
     let upstream = rich();
     let server = Server::start(upstream.root());
     server.require(CANARY_LOGIN);
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let url = server.url("app.git");
     let refused = node.fetch(&url).await.unwrap_err();
     assert_eq!(refused.class, ErrorClass::Auth, "{refused}");
@@ -366,7 +218,7 @@ async fn a_credential_opens_the_upstream_and_appears_nowhere() {
 async fn what_one_credential_may_see_is_not_served_to_another() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.credential("team.token", CANARY);
     let url = server.url("app.git");
     let with = node.fetch_as(&url, Some("team"), &Want::All).await.unwrap();
@@ -381,7 +233,7 @@ async fn what_one_credential_may_see_is_not_served_to_another() {
 async fn a_credential_that_is_bound_to_no_host_or_to_another_is_not_sent() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.credential_at("loose.token", CANARY);
     node.credential_at("loose2.toml", "user = \"u\"\npassword = \"canary\"");
     node.credential_at("elsewhere.toml", "token = \"canary\"\nhosts = [\"*.git.example\"]");
@@ -401,7 +253,7 @@ async fn a_credential_that_is_bound_to_no_host_or_to_another_is_not_sent() {
 
 #[tokio::test]
 async fn a_credential_is_not_sent_in_the_clear_beyond_this_machine() {
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.credential_at("10.255.255.1/team.token", CANARY);
     let failure = node.fetch_as("http://10.255.255.1/app.git", Some("team"), &Want::All).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Forbidden);
@@ -412,7 +264,7 @@ async fn a_credential_is_not_sent_in_the_clear_beyond_this_machine() {
 async fn a_mirror_that_cannot_be_used_is_made_anew() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let url = server.url("app.git");
     for (file, text) in [("config", "[core"), ("shallow", "1")] {
         let path = node.fetch(&url).await.unwrap().path;
@@ -444,14 +296,15 @@ async fn a_transfer_dies_with_the_agent() {
     });
     let mut stdin = agent.stdin.take().unwrap();
     writeln!(stdin, "{}", serde_json::json!({ "parent": agent.id(), "request": request })).unwrap();
-    eventually(|| server.counts().requests == 1).await;
+    eventually("it asks", || server.counts().requests == 1).await;
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", agent.id())).unwrap();
     let child = PathBuf::from("/proc").join(children.trim());
     assert!(fs::read_to_string(child.join("cmdline")).unwrap().contains("transfer"));
     agent.kill().unwrap();
     agent.wait().unwrap();
     // Gone, or waiting only to be reaped.
-    eventually(|| !fs::read_to_string(child.join("cmdline")).is_ok_and(|line| line.contains("transfer"))).await;
+    eventually("it is gone", || !fs::read_to_string(child.join("cmdline")).is_ok_and(|line| line.contains("transfer")))
+        .await;
 }
 
 #[tokio::test]
@@ -473,12 +326,12 @@ async fn each_answer_has_its_class() {
     ] {
         server.behave(behaviour.clone());
         // A node of its own for each: one that was asked to slow down leaves the host alone.
-        let failure = Node::new().await.fetch(&server.url("app.git")).await.unwrap_err();
+        let failure = Node::new(Engine::Gix).await.fetch(&server.url("app.git")).await.unwrap_err();
         assert_eq!(failure.class, class, "{behaviour:?}: {failure}");
         assert_eq!(failure.retry_after, wait.map(Duration::from_secs), "{behaviour:?}");
     }
     server.behave(Behaviour::Serve);
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let failure = node.fetch(&server.url("absent.git")).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::NotFound, "{failure}");
 }
@@ -488,7 +341,7 @@ async fn a_redirect_is_reported_and_not_followed() {
     let upstream = rich();
     let elsewhere = Server::start(upstream.root());
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.credential("team.token", CANARY);
     for status in [301, 302, 307, 308] {
         let location = format!("{}/info/refs?service=git-upload-pack", elsewhere.url("app.git"));
@@ -505,7 +358,7 @@ async fn a_host_that_is_down_is_left_alone_and_one_that_throttles_too_and_others
     let upstream = rich();
     let server = Server::start(upstream.root());
     let other = Server::start(upstream.root());
-    let node = Node::with(|settings| {
+    let node = Node::with(Engine::Gix, |settings| {
         settings.breaker_after = 2;
         settings.breaker_pause = Duration::from_millis(300);
     })
@@ -535,10 +388,10 @@ async fn a_host_has_no_more_transfers_at_a_time_than_its_limit() {
     let upstream = rich();
     let server = Server::start(upstream.root());
     server.behave(Behaviour::HoldPack);
-    let node = Node::with(|settings| settings.host_limit = 1).await;
-    let waits = |node: &Node| node.progress.lock().unwrap().iter().any(|progress| progress.phase == "waiting");
+    let node = Node::with(Engine::Gix, |settings| settings.host_limit = 1).await;
+    let waits = |node: &Node| node.running.progress.lock().unwrap().iter().any(|progress| progress.phase == "waiting");
     let release = async {
-        eventually(|| waits(&node) && server.counts().packs == 1).await;
+        eventually("one waits and one receives", || waits(&node) && server.counts().packs == 1).await;
         server.behave(Behaviour::Serve);
     };
     // Two mirrors of one host: one for each credential.
@@ -552,7 +405,7 @@ async fn a_host_has_no_more_transfers_at_a_time_than_its_limit() {
 #[tokio::test]
 async fn a_closed_port_is_a_matter_of_the_network() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let failure = Node::new().await.fetch(&format!("http://127.0.0.1:{port}/app.git")).await.unwrap_err();
+    let failure = Node::new(Engine::Gix).await.fetch(&format!("http://127.0.0.1:{port}/app.git")).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Network, "{failure}");
 }
 
@@ -561,7 +414,7 @@ async fn plain_text_where_tls_is_expected_is_a_matter_of_the_network() {
     let upstream = rich();
     let server = Server::start(upstream.root());
     let url = server.url("app.git").replace("http://", "https://");
-    let failure = Node::new().await.fetch(&url).await.unwrap_err();
+    let failure = Node::new(Engine::Gix).await.fetch(&url).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Network, "{failure}");
 }
 
@@ -571,13 +424,13 @@ async fn only_a_trusted_certificate_is_talked_to() {
     let server = Server::start_tls(upstream.root());
     server.require(CANARY_LOGIN);
     let url = server.url("app.git");
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.credential("team.token", CANARY);
     let failure = node.fetch_as(&url, Some("team"), &Want::All).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Network, "{failure}");
     assert!(failure.message.contains("no trusted connection"), "{failure}");
     assert_eq!(server.counts().requests, 0);
-    let node = Node::with(|settings| settings.ca_file = Some(githttp::ca_file())).await;
+    let node = Node::with(Engine::Gix, |settings| settings.ca_file = Some(githttp::ca_file())).await;
     node.credential("team.token", CANARY);
     let fetched = node.fetch_as(&url, Some("team"), &Want::All).await.unwrap();
     assert_eq!(refs(&fetched.path), refs(&upstream.path()));
@@ -587,7 +440,7 @@ async fn only_a_trusted_certificate_is_talked_to() {
 async fn loopback_is_refused_unless_allowed_and_nothing_is_connected_to() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::with(|settings| settings.allow_loopback = false).await;
+    let node = Node::with(Engine::Gix, |settings| settings.allow_loopback = false).await;
     let named = server.url("app.git");
     for url in [named.clone(), named.replace("localhost", "127.0.0.1"), named.replace("localhost", "0x7f.1")] {
         let failure = node.fetch(&url).await.unwrap_err();
@@ -602,8 +455,8 @@ async fn an_upstream_that_falls_silent_is_stalled_within_the_limit() {
     let upstream = rich();
     upstream.commit_noise("noise", 400_000);
     let server = Server::start(upstream.root());
-    let mut node = Node::new().await;
-    node.stall = Duration::from_secs(1);
+    let mut node = Node::new(Engine::Gix).await;
+    node.running.bounds.stall = Duration::from_secs(1);
     for behaviour in [Behaviour::Stall, Behaviour::StallPack { after: 100_000 }] {
         server.behave(behaviour);
         let started = Instant::now();
@@ -619,8 +472,8 @@ async fn a_deadline_ends_a_transfer() {
     let upstream = rich();
     let server = Server::start(upstream.root());
     server.behave(Behaviour::Stall);
-    let mut node = Node::new().await;
-    node.deadline = Duration::from_millis(500);
+    let mut node = Node::new(Engine::Gix).await;
+    node.running.bounds.deadline = Duration::from_millis(500);
     assert_eq!(node.fetch(&server.url("app.git")).await.unwrap_err().class, ErrorClass::Timeout);
 }
 
@@ -629,7 +482,7 @@ async fn a_connection_that_breaks_mid_pack_is_retried_and_leaves_nothing_that_hi
     let upstream = rich();
     upstream.commit_noise("noise", 400_000);
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     server.behave(Behaviour::CutPack { after: 100_000 });
     let failure = node.fetch(&server.url("app.git")).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Network, "{failure}");
@@ -644,7 +497,7 @@ async fn more_than_the_quota_is_not_taken() {
     let upstream = Upstream::new();
     upstream.commit_noise("main", 400_000);
     let server = Server::start(upstream.root());
-    let node = Node::with(|settings| settings.max_bytes = bytesize::ByteSize::kb(50)).await;
+    let node = Node::with(Engine::Gix, |settings| settings.max_bytes = bytesize::ByteSize::kb(50)).await;
     let failure = node.fetch(&server.url("app.git")).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Quota, "{failure}");
 }
@@ -655,12 +508,12 @@ async fn a_cancel_ends_the_child_and_all_it_started() {
     upstream.commit_noise("main", 400_000);
     let server = Server::start(upstream.root());
     server.behave(Behaviour::StallPack { after: 100_000 });
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let url = server.url("app.git");
     let cancel = async {
         node.receiving().await;
         assert_eq!(node.processes().len(), 1);
-        node.cancel.cancel();
+        node.running.cancel.cancel();
     };
     let (fetched, ()) = tokio::join!(node.fetch(&url), cancel);
     let failure = fetched.unwrap_err();
@@ -674,13 +527,13 @@ async fn dropping_a_fetch_kills_its_child() {
     upstream.commit_noise("main", 400_000);
     let server = Server::start(upstream.root());
     server.behave(Behaviour::StallPack { after: 100_000 });
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let url = server.url("app.git");
     tokio::select! {
         _ = node.fetch(&url) => panic!("the pack never ends"),
         () = node.receiving() => {}
     }
-    eventually(|| node.processes().is_empty()).await;
+    eventually("its processes are gone", || node.processes().is_empty()).await;
 }
 
 #[tokio::test]
@@ -689,7 +542,7 @@ async fn a_killed_child_is_a_fault_of_ours_and_the_next_fetch_works() {
     upstream.commit_noise("noise", 400_000);
     let server = Server::start(upstream.root());
     server.behave(Behaviour::StallPack { after: 100_000 });
-    let node = Node::with(|settings| settings.transport_fallback = false).await;
+    let node = Node::with(Engine::Gix, |settings| settings.transport_fallback = false).await;
     let url = server.url("app.git");
     let kill = async {
         node.receiving().await;
@@ -713,7 +566,7 @@ async fn a_killed_child_is_a_fault_of_ours_and_the_next_fetch_works() {
 async fn fetches_of_one_upstream_take_turns_and_all_succeed() {
     let upstream = rich();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let url = server.url("app.git");
     let all = futures_util::future::join_all((0..4).map(|_| node.fetch(&url))).await;
     let sources: Vec<_> = all.into_iter().map(|fetched| fetched.unwrap().source).collect();

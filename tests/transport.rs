@@ -6,46 +6,25 @@
 
 #[path = "support/githttp.rs"]
 mod githttp;
+#[path = "support/node.rs"]
+mod node;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    sync::Mutex,
-    time::Duration,
-};
+use std::{fs, path::PathBuf, time::Duration};
 
-use async_trait::async_trait;
 use githttp::{Behaviour, Server, Upstream};
 use haul::{
-    failure::{ErrorClass, Failure},
+    failure::ErrorClass,
     git::{
-        Fence, Run,
-        child::Children,
-        mirror::{Fetched, Mirrors, Source, Want},
-        settings::{Engine, GitSettings},
+        mirror::{Source, Want},
+        settings::Engine,
     },
-    protocol::{CredentialName, GitUrl, Progress},
 };
-use tokio::{sync::Notify, time::Instant};
-use tokio_util::sync::CancellationToken;
+use node::{Node, assert_sound, eventually, refs, rich, with_both};
+use tokio::time::Instant;
 
 /// The secret that must appear nowhere, and what is sent of it.
 const CANARY: &str = "c4n4ry-of-both";
 const CANARY_LOGIN: &str = "eC1hY2Nlc3MtdG9rZW46YzRuNHJ5LW9mLWJvdGg=";
-
-/// Each test twice.
-macro_rules! with_both {
-    ($($name:ident)+) => {
-        mod gix {
-            $(#[tokio::test] async fn $name() { super::$name(super::Engine::Gix).await; })+
-        }
-        mod git {
-            $(#[tokio::test] async fn $name() { super::$name(super::Engine::Git).await; })+
-        }
-    };
-}
 
 with_both! {
     a_mirror_equals_what_git_itself_would_clone
@@ -72,100 +51,6 @@ with_both! {
     a_disk_below_its_reserve_stops_a_transfer
 }
 
-struct Always;
-
-#[async_trait]
-impl Fence for Always {
-    async fn check(&self) -> Result<(), Failure> {
-        Ok(())
-    }
-}
-
-/// A storage directory with its mirrors, and the bounds of the fetches into it.
-struct Node {
-    storage: tempfile::TempDir,
-    mirrors: Mirrors,
-    deadline: Duration,
-    stall: Duration,
-    cancel: CancellationToken,
-    progress: Mutex<Vec<Progress>>,
-    moved: Notify,
-}
-
-impl Node {
-    async fn new(engine: Engine) -> Self {
-        Self::with(engine, |_| {}).await
-    }
-
-    async fn with(engine: Engine, change: impl FnOnce(&mut GitSettings)) -> Self {
-        let storage = tempfile::tempdir().unwrap();
-        let credentials = storage.path().join("credentials");
-        fs::create_dir(&credentials).unwrap();
-        let mut settings = GitSettings {
-            transport: engine,
-            transport_fallback: false,
-            allow_http: true,
-            allow_file: true,
-            allow_loopback: true,
-            credentials_path: Some(credentials),
-            ..GitSettings::default()
-        };
-        change(&mut settings);
-        let children = Children::new(env!("CARGO_BIN_EXE_haul").into(), Duration::from_secs(2)).unwrap();
-        let mirrors = Mirrors::open(storage.path(), &settings, children).await.unwrap();
-        Self {
-            storage,
-            mirrors,
-            deadline: Duration::from_mins(1),
-            stall: Duration::from_secs(30),
-            cancel: CancellationToken::new(),
-            progress: Mutex::default(),
-            moved: Notify::new(),
-        }
-    }
-
-    fn credential(&self, file: &str, text: &str) {
-        let path = self.storage.path().join("credentials/localhost").join(file);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    }
-
-    async fn fetch(&self, url: &str) -> Result<Fetched, Failure> {
-        self.fetch_as(url, None, &Want::All).await
-    }
-
-    async fn fetch_as(&self, url: &str, credential: Option<&str>, want: &Want) -> Result<Fetched, Failure> {
-        let credential = credential.map(|name| CredentialName::new(name).unwrap());
-        let progress = |progress| {
-            self.progress.lock().unwrap().push(progress);
-            self.moved.notify_one();
-        };
-        let run = Run {
-            deadline: Instant::now() + self.deadline,
-            stall: self.stall,
-            cancel: self.cancel.clone(),
-            progress: &progress,
-            fence: &Always,
-        };
-        self.mirrors.fetch(&GitUrl::parse(url).unwrap(), credential.as_ref(), want, &run).await
-    }
-
-    /// Waits until some of a pack has arrived.
-    async fn receiving(&self) {
-        while !self.progress.lock().unwrap().iter().any(|progress| progress.bytes > 0) {
-            self.moved.notified().await;
-        }
-    }
-
-    fn leftovers(&self) -> Vec<PathBuf> {
-        let mirrors = self.storage.path().join(".haul/mirrors");
-        let packs = fs::read_dir(mirrors).unwrap().flatten().map(|entry| entry.path().join("objects/pack"));
-        let files = packs.filter_map(|packs| fs::read_dir(packs).ok()).flatten().flatten().map(|entry| entry.path());
-        files.filter(|path| !["pack", "idx"].iter().any(|end| path.extension().is_some_and(|it| it == *end))).collect()
-    }
-}
-
 /// The other processes whose arguments or surroundings hold `text`.
 fn processes_with(text: &str) -> Vec<String> {
     let own = std::process::id().to_string();
@@ -175,41 +60,6 @@ fn processes_with(text: &str) -> Vec<String> {
         .flat_map(|pid| ["cmdline", "environ"].map(|file| format!("/proc/{pid}/{file}")))
         .filter(|file| fs::read(file).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text)))
         .collect()
-}
-
-/// Waits until `is_so`, but not for ever.
-async fn eventually(is_so: impl Fn() -> bool) {
-    let waiting = async {
-        while !is_so() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), waiting).await.expect("it never came to pass");
-}
-
-/// The refs of a repository, as git lists them.
-fn refs(repository: &Path) -> BTreeMap<String, String> {
-    let output =
-        githttp::git_command(repository).args(["for-each-ref", "--format=%(refname) %(objectname)"]).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.lines().map(|line| line.split_once(' ').unwrap()).map(|(a, b)| (a.to_owned(), b.to_owned())).collect()
-}
-
-fn assert_sound(repository: &Path) {
-    let output = githttp::git_command(repository).args(["fsck", "--full", "--strict"]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// Branches, lightweight and annotated tags, and a merge of two histories.
-fn rich() -> Upstream {
-    let upstream = Upstream::new();
-    let first = upstream.commit("main", &[("a.txt", "1")]);
-    upstream.git(&["tag", "light", &first]);
-    upstream.commit("main", &[("a.txt", "2"), ("b.txt", "1")]);
-    upstream.git(&["tag", "-a", "-m", "a tag", "v1.0", "main"]);
-    upstream.commit("feature/x", &[("c.txt", "1")]);
-    upstream.git(&["tag", "-a", "-m", "a tag", "other", "feature/x"]);
-    upstream
 }
 
 async fn a_mirror_equals_what_git_itself_would_clone(engine: Engine) {
@@ -381,9 +231,9 @@ async fn a_credential_opens_the_upstream_and_appears_nowhere(engine: Engine) {
     let requests = server.counts().requests;
     server.behave(Behaviour::Stall);
     let look = async {
-        eventually(|| server.counts().requests > requests).await;
+        eventually("it asks", || server.counts().requests > requests).await;
         let found = [processes_with(CANARY), processes_with(CANARY_LOGIN)].concat();
-        node.cancel.cancel();
+        node.running.cancel.cancel();
         found
     };
     let (stopped, found) = tokio::join!(node.fetch_as(&url, Some("team"), &Want::All), look);
@@ -451,6 +301,8 @@ async fn what_cannot_be_connected_to_is_a_matter_of_the_network(engine: Engine) 
     for url in [closed.as_str(), "https://nowhere.invalid/app.git", &plain] {
         let failure = node.fetch(url).await.unwrap_err();
         assert_eq!(failure.class, ErrorClass::Network, "{url}: {failure}");
+        // What the breaker of a host counts.
+        assert_eq!(failure.unreachable, url == closed, "{url}: {failure}");
     }
 }
 
@@ -488,7 +340,7 @@ async fn an_upstream_that_falls_silent_is_stalled_within_the_limit(engine: Engin
     upstream.commit_noise("noise", 400_000);
     let server = Server::start(upstream.root());
     let mut node = Node::new(engine).await;
-    node.stall = Duration::from_secs(1);
+    node.running.bounds.stall = Duration::from_secs(1);
     let url = server.url("app.git");
     for behaviour in [Behaviour::Stall, Behaviour::StallPack { after: 100_000 }] {
         server.behave(behaviour);
@@ -497,7 +349,7 @@ async fn an_upstream_that_falls_silent_is_stalled_within_the_limit(engine: Engin
         assert_eq!(failure.class, ErrorClass::Stalled, "{failure}");
         assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
     }
-    eventually(|| processes_with(&url).is_empty()).await;
+    eventually("its processes are gone", || processes_with(&url).is_empty()).await;
 }
 
 async fn a_deadline_ends_a_transfer_and_all_it_started(engine: Engine) {
@@ -505,10 +357,10 @@ async fn a_deadline_ends_a_transfer_and_all_it_started(engine: Engine) {
     let server = Server::start(upstream.root());
     server.behave(Behaviour::Stall);
     let mut node = Node::new(engine).await;
-    node.deadline = Duration::from_millis(500);
+    node.running.bounds.deadline = Duration::from_millis(500);
     let url = server.url("app.git");
     assert_eq!(node.fetch(&url).await.unwrap_err().class, ErrorClass::Timeout);
-    eventually(|| processes_with(&url).is_empty()).await;
+    eventually("its processes are gone", || processes_with(&url).is_empty()).await;
 }
 
 async fn a_cancel_ends_the_child_and_all_it_started(engine: Engine) {
@@ -521,7 +373,7 @@ async fn a_cancel_ends_the_child_and_all_it_started(engine: Engine) {
     let cancel = async {
         node.receiving().await;
         let running = processes_with(&url).len();
-        node.cancel.cancel();
+        node.running.cancel.cancel();
         running
     };
     let (fetched, running) = tokio::join!(node.fetch(&url), cancel);
@@ -529,7 +381,7 @@ async fn a_cancel_ends_the_child_and_all_it_started(engine: Engine) {
     assert_eq!((failure.class, failure.message.as_str()), (ErrorClass::Internal, "cancelled"));
     // The library's child has the address on its standard input only.
     assert!(running >= if engine == Engine::Gix { 0 } else { 2 }, "{running}");
-    eventually(|| processes_with(&url).is_empty()).await;
+    eventually("its processes are gone", || processes_with(&url).is_empty()).await;
 }
 
 async fn a_connection_that_breaks_mid_pack_is_retried_and_leaves_nothing_that_hinders(engine: Engine) {

@@ -31,6 +31,8 @@ mod scene;
 mod table;
 #[path = "hostile/trace.rs"]
 mod trace;
+#[path = "workspace_attacks/unguarded.rs"]
+mod unguarded;
 #[path = "workspace_attacks/user.rs"]
 mod user;
 
@@ -58,6 +60,12 @@ fn the_same_holds_for_a_user_without_privileges() {
 #[test]
 fn the_same_holds_for_an_owner_without_privileges() {
     user::again(TABLES, true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unguarded_calls_of_libgit2_do_no_harm_in_a_project_that_nobody_altered() {
+    unguarded::perform();
+    table::healthy().await;
 }
 
 #[test]

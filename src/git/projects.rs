@@ -13,6 +13,7 @@
 //! Everything here blocks for as long as a disk does; it is called from a thread that may.
 
 mod binding;
+mod bury;
 mod dir;
 mod inner;
 mod notes;
@@ -24,7 +25,6 @@ mod survey;
 
 use std::{
     collections::{HashMap, HashSet},
-    ffi::OsStr,
     io,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -268,64 +268,6 @@ impl Projects {
         self.owners.write_durably(&binding.target, &text(&binding)?)?;
         self.known().bindings.insert(project, binding);
         Ok(())
-    }
-
-    /// Takes a project out of view, leaves its tombstone, and names what is left to remove in the trash.
-    ///
-    /// # Errors
-    /// `conflict` where the directory was swapped for another.
-    pub(crate) fn bury(&self, project: ProjectId, stamp: &Stamp) -> Result<Option<String>, Failure> {
-        self.same_root()?;
-        let _turn = self.turn();
-        let (binding, former) = self.of(project);
-        let mut buried = None;
-        if let Some(binding) = &binding
-            && self.stands(binding)?
-        {
-            let name = format!("{:032x}", rand::random::<u128>());
-            self.root.rename_to(&binding.target, &self.trash, &name)?;
-            // The name could have been given to another directory in between.
-            if self.trash.identify(&name)? != Some(binding.directory) {
-                self.trash.rename_to(&name, &self.root, &binding.target)?;
-                return Err(Failure::conflict(format!("{} was swapped for another directory", binding.target)));
-            }
-            self.trash.sync()?;
-            self.root.sync()?;
-            buried = Some(name);
-        }
-        let applied = binding.as_ref().map(|binding| binding.applied.clone());
-        let applied = applied.or(former.map(|former| former.applied));
-        let mut tombstone = Tombstone { project, applied: applied.unwrap_or_default() };
-        tombstone.applied.advance(stamp);
-        let text = text(&tombstone)?;
-        let mut noted = self.gone.write_durably(&project.to_string(), &text);
-        if let (Err(error), Some(name), Some(binding)) = (&noted, &buried, &binding) {
-            if error.kind() == io::ErrorKind::StorageFull {
-                // Deleting is what makes room. The project is out of view, and a start sweeps what is left of it.
-                remove::remove(&self.trash, OsStr::new(name), &mut || true)?;
-                noted = self.gone.write_durably(&project.to_string(), &text);
-            } else {
-                self.trash.rename_to(name, &self.root, &binding.target)?;
-            }
-        }
-        noted?;
-        self.known().tombstones.insert(project, tombstone);
-        if let Some(binding) = binding {
-            self.owners.unlink_durably(&binding.target)?;
-            self.pulls.unlink_durably(&binding.target)?;
-            let mut known = self.known();
-            known.targets.remove(&binding.target);
-            known.bindings.remove(&project);
-        }
-        Ok(buried)
-    }
-
-    /// Removes what [`bury`](Self::bury) named, for as long as `go_on` says so; the rest goes at the next start.
-    ///
-    /// # Errors
-    /// The first thing that could not be removed.
-    pub(crate) fn remove(&self, buried: &str, go_on: &mut dyn FnMut() -> bool) -> io::Result<()> {
-        remove::remove(&self.trash, OsStr::new(buried), go_on)
     }
 
     /// Clears a project's mark; its count stays.

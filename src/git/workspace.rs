@@ -103,13 +103,23 @@ impl Confined for Request {
     }
 }
 
+/// Lets a child do `order` in `directory`, which asks nothing and needs nothing else.
+async fn done<A: DeserializeOwned>(
+    children: &Children,
+    directory: OwnedFd,
+    order: Order,
+    run: &Run<'_>,
+) -> Result<A, Failure> {
+    let request = Request { directory: directory.as_raw_fd(), order };
+    children.run(Role::Workspace, &request, vec![directory], run).await
+}
+
 /// Makes the project whose objects are in `directory` already.
 ///
 /// # Errors
 /// `quota`, `forbidden` or `corrupt` for a tree that is not to be checked out; otherwise as [`Children::run`].
 pub(crate) async fn make(children: &Children, directory: OwnedFd, order: Make, run: &Run<'_>) -> Result<Made, Failure> {
-    let request = Request { directory: directory.as_raw_fd(), order: Order::Make(order) };
-    children.run(Role::Workspace, &request, vec![directory], run).await
+    done(children, directory, Order::Make(order), run).await
 }
 
 /// Looks at a project.
@@ -122,8 +132,7 @@ pub(crate) async fn look(
     order: Look,
     run: &Run<'_>,
 ) -> Result<Looked, Failure> {
-    let request = Request { directory: directory.as_raw_fd(), order: Order::Look(order) };
-    children.run(Role::Workspace, &request, vec![directory], &patient(run)).await.map_err(altered)
+    done(children, directory, Order::Look(order), &patient(run)).await.map_err(altered)
 }
 
 /// Pulls in a project; a pack is read from `pack`. `note` is asked before the first file is written.

@@ -123,7 +123,7 @@ impl Scene {
         Self { project, target, storage, seed: world.seed() }
     }
 
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.storage.join("projects").join(&self.target)
     }
 
@@ -278,7 +278,8 @@ impl Scene {
         })
     }
 
-    fn at(&self, point: Point, parent: u32, delay: Duration, kill: impl Fn(u32) + Send + 'static) -> Strike {
+    /// Does something to `parent`, or to what is around it, some time after `point` is reached.
+    pub(crate) fn at(&self, point: Point, parent: u32, delay: Duration, kill: impl Fn(u32) + Send + 'static) -> Strike {
         let over = Arc::new(AtomicBool::new(false));
         let (told, reached) = (Arc::clone(&over), self.reached(point, parent));
         let thread = std::thread::spawn(move || {

@@ -35,7 +35,8 @@ pub(crate) fn git_raw(dir: &Path, args: &[&str]) -> Output {
             ("GIT_AUTHOR_EMAIL", "a@example.org"),
             ("GIT_COMMITTER_NAME", "A"),
             ("GIT_COMMITTER_EMAIL", "a@example.org"),
-            ("GIT_ALLOW_PROTOCOL", "file:http"),
+            ("GIT_ALLOW_PROTOCOL", "file:http:https"),
+            ("GIT_SSL_CAINFO", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/tls/ca.pem")),
         ])
         .output()
         .unwrap()

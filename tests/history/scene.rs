@@ -1,6 +1,10 @@
 //! An upstream behind a server that can hold back whole histories, and one project of it.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use haul::{
     execute::{Execute, Job, OwedHistory},
@@ -35,6 +39,11 @@ impl Scene {
     }
 
     pub(crate) async fn with(settings: GitSettings) -> Self {
+        Self::serving(settings, Server::start).await
+    }
+
+    /// With a server of another kind.
+    pub(crate) async fn serving(settings: GitSettings, start: impl FnOnce(&Path) -> Server) -> Self {
         let settings = GitSettings { allow_file: true, allow_http: true, allow_loopback: true, ..settings };
         let world = World::with(settings).await;
         let seed = world.seed();
@@ -47,7 +56,7 @@ impl Scene {
         world.commit(&[("dev.txt", "dev")]);
         git(&seed, &["checkout", "-q", "main"]);
         git(&seed, &["push", "-q", "origin", "--tags"]);
-        let server = Server::start(world.dir.path());
+        let server = start(world.dir.path());
         let job = world.clone_job(1, "p", json!({"git_url": server.url("up.git")}));
         Self { world, server, job }
     }
@@ -127,7 +136,7 @@ impl Scene {
         while let Some(dir) = waiting.pop() {
             for entry in fs::read_dir(dir).unwrap().flatten() {
                 let name = entry.file_name().into_string().unwrap();
-                let end = std::path::Path::new(&name).extension().and_then(std::ffi::OsStr::to_str);
+                let end = Path::new(&name).extension().and_then(std::ffi::OsStr::to_str);
                 let stray = name.starts_with("haul-waiting-") || matches!(end, Some("keep" | "lock"));
                 assert!(!stray, "{name} is left");
                 if entry.file_type().unwrap().is_dir() {

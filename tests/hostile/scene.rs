@@ -170,7 +170,7 @@ impl Scene {
         job(number, kind, project, more)
     }
 
-    /// Runs a task to its end, with a stall limit of a second among the user's files.
+    /// Runs a task to its end, with a stall limit of seconds among the user's files.
     pub(crate) async fn run(&self, kind: &str, project: i64, more: Value) -> Result<TaskResult, Failure> {
         execute(&self.executor, &self.job(kind, project, &more)).await
     }
@@ -237,7 +237,7 @@ pub(crate) async fn execute(executor: &GitExecutor, job: &Job) -> Result<TaskRes
     let run = Run {
         deadline: tokio::time::Instant::now() + Duration::from_secs(50),
         // The agent's own limit among a user's files is ten; here nothing is that slow.
-        stall: Duration::from_millis(1500),
+        stall: Duration::from_secs(3),
         cancel: CancellationToken::new(),
         progress: &|_| (),
         fence: &Always,

@@ -1,5 +1,7 @@
 //! The one who never rests.
 
+#![allow(dead_code, reason = "each suite uses its own part")]
+
 use std::{
     collections::{BTreeMap, HashSet},
     fs,
@@ -10,6 +12,7 @@ use std::{
 };
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use serde::{Deserialize, Serialize};
 
 use crate::scene::{command, git};
 
@@ -20,8 +23,13 @@ const OWN: [&str; 4] = ["mine.txt", "debug.log", "dir/own.log", "notes/today.txt
 
 pub(crate) struct Writer {
     project: PathBuf,
+    /// Where links lead to just now.
     outside: PathBuf,
+    /// Where they may lead to.
+    outsides: Vec<PathBuf>,
     aside: PathBuf,
+    /// How long it rests at most between two bursts, in microseconds.
+    lull: u64,
     chance: StdRng,
     config: String,
     gc: Option<Child>,
@@ -32,30 +40,70 @@ pub(crate) struct Writer {
     pub(crate) steps: u64,
 }
 
+/// What is known of a writer that rests.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Report {
+    config: String,
+    own: BTreeMap<String, String>,
+    written: HashSet<String>,
+    steps: u64,
+}
+
 impl Writer {
     pub(crate) fn new(project: &Path, outside: &Path, aside: &Path, seed: u64) -> Self {
         fs::create_dir(aside).unwrap();
         let config = fs::read_to_string(project.join(".git/config")).unwrap();
-        let mut writer = Self {
-            project: project.to_owned(),
-            outside: outside.to_owned(),
-            aside: aside.to_owned(),
-            chance: StdRng::seed_from_u64(seed),
-            config,
-            gc: None,
-            own: BTreeMap::new(),
-            written: HashSet::new(),
-            steps: 0,
-        };
+        let begun = Report { config, own: BTreeMap::new(), written: HashSet::new(), steps: 0 };
+        let mut writer = Self::rested(project, begun);
+        writer.outsides = vec![outside.to_owned()];
+        outside.clone_into(&mut writer.outside);
+        aside.clone_into(&mut writer.aside);
+        writer.chance = StdRng::seed_from_u64(seed);
         for name in OWN {
             writer.write_own(name);
         }
         writer
     }
 
+    /// One that leads to another place outside as well.
+    pub(crate) fn also(mut self, outside: &Path) -> Self {
+        self.outsides.push(outside.to_owned());
+        self
+    }
+
+    /// One that rests longer between its bursts: whom mode bits hold meets more that is in the way.
+    pub(crate) fn calmer(mut self) -> Self {
+        self.lull = 600_000;
+        self
+    }
+
+    /// One that worked in another process, and rests.
+    pub(crate) fn rested(project: &Path, report: Report) -> Self {
+        Self {
+            project: project.to_owned(),
+            outside: PathBuf::new(),
+            outsides: Vec::new(),
+            aside: PathBuf::new(),
+            lull: 200_000,
+            chance: StdRng::seed_from_u64(0),
+            config: report.config,
+            gc: None,
+            own: report.own,
+            written: report.written,
+            steps: report.steps,
+        }
+    }
+
+    /// What another process has to know of it.
+    pub(crate) fn report(self) -> Report {
+        Report { config: self.config, own: self.own, written: self.written, steps: self.steps }
+    }
+
     /// Does one thing. Whatever is altered is put right again after a moment, so that some pulls come through.
     pub(crate) fn step(&mut self) {
         self.steps += 1;
+        let outside = self.chance.random_range(0..self.outsides.len());
+        self.outsides[outside].clone_into(&mut self.outside);
         match self.chance.random_range(0..16) {
             0 => self.settings(),
             1 => self.swapped(".git/refs", ".git/refs.was", |w| w.outside.join("victim/.git/refs")),
@@ -80,7 +128,7 @@ impl Writer {
             _ => self.pipe(),
         }
         // In bursts, with time between them for a pull to come through.
-        let most = if self.chance.random_bool(0.3) { 200_000 } else { 3000 };
+        let most = if self.chance.random_bool(0.3) { self.lull } else { 3000 };
         self.pause(most);
     }
 
@@ -117,7 +165,11 @@ impl Writer {
             }
         }
         // What prune took is fetched again; a ref of the writer's own may point to it.
-        git(&self.project, &["fetch", "-q", "--refetch", url, "+refs/heads/main:refs/remotes/origin/main"]);
+        // Nothing that goes on after it.
+        git(
+            &self.project,
+            &["fetch", "-q", "--no-auto-maintenance", "--refetch", url, "+refs/heads/main:refs/remotes/origin/main"],
+        );
     }
 
     fn pause(&mut self, most: u64) {

@@ -11,7 +11,8 @@ use serde_json::json;
 
 use crate::{
     githttp::{Server, Upstream},
-    node::{Node, assert_sound, eventually, packs},
+    node::{assert_sound, eventually},
+    place::{self, packs},
     world::{World, assert_alike, git, read, write},
 };
 
@@ -117,13 +118,13 @@ async fn history_with_a_hole_is_refused_before_any_ref_leads_to_it_and_asked_for
     // The upstream takes the second for a root, and says nothing of it.
     fs::write(upstream.path().join("info/grafts"), format!("{second}\n")).unwrap();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = place::node().await;
     let url = server.url("app.git");
     let failure = node.fetch(&url).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Corrupt, "{failure}");
     assert!(failure.message.contains("hole"), "{failure}");
     assert_eq!(server.counts().packs, 2);
-    let mirror = node.storage.path().join(".haul/mirrors").join(&node.names()[0]);
+    let mirror = node.directory().join(&place::names(&node.directory())[0]);
     assert!(packs(&mirror).is_empty() && !mirror.join("packed-refs").exists());
     // It is the upstream's own: told at once from now on.
     assert_eq!(node.fetch(&url).await.unwrap_err().class, ErrorClass::Corrupt);

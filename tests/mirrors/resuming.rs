@@ -18,7 +18,8 @@ use haul::git::mirror::{Fetched, Want};
 
 use crate::{
     githttp::{Server, Upstream, git_command},
-    node::{Bounds, Node, assert_sound, packs},
+    node::{Bounds, Node, assert_sound},
+    place::{self, packs},
 };
 
 /// Bytes a second of the link.
@@ -145,7 +146,7 @@ fn kill(storage: &Path) -> usize {
 /// Fetches again and again, each transfer killed after [`LIFE`]; returns how many were.
 async fn fetch_under_fire(node: &Node, url: &str) -> (Fetched, usize) {
     for kills in 0..40 {
-        let fetch = node.fetch_as(url, None, &Want::All, Bounds::default());
+        let fetch = node.fetch_as(url, None, &Want::All);
         let fire = async {
             loop {
                 // Not a wait for an effect: this is the fault that is being injected.
@@ -171,7 +172,7 @@ async fn completes(tags: bool, old: bool) {
     let upstream = long_history(tags);
     let server = Server::start(upstream.root());
     let link = Link::to(server.url("").trim_end_matches('/'), RATE, old);
-    let node = Node::new().await;
+    let node = place::node().await;
     upstream.git(&["repack", "-adq"]);
     let size: u64 = bytes_of(&packs(&upstream.path())).iter().sum();
     // Plain fetch never finishes in the time that a transfer has.
@@ -224,12 +225,12 @@ async fn a_fetch_that_would_miss_its_deadline_goes_over_to_units_at_once() {
     let upstream = long_history(false);
     let server = Server::start(upstream.root());
     let link = Link::to(server.url("").trim_end_matches('/'), RATE / 2, false);
-    let node = Node::new().await;
+    let node = place::node().await;
     let bounds = Bounds { deadline: Duration::from_secs(9), ..Bounds::default() };
-    let failure = node.fetch_as(&link.url(), None, &Want::All, bounds).await.unwrap_err();
+    let failure = node.fetch_within(&link.url(), None, &Want::All, bounds).await.unwrap_err();
     assert_eq!(failure.class, haul::failure::ErrorClass::Timeout, "{failure}");
     // What came after the fifth second is kept.
-    let mirror = node.storage.path().join(".haul/mirrors").join(&node.names()[0]);
+    let mirror = node.directory().join(&place::names(&node.directory())[0]);
     assert!(!packs(&mirror).is_empty() && mirror.join("refs/haul/milestone").exists());
     let fetched = node.fetch(&server.url("app.git")).await;
     assert_sound(&fetched.unwrap().path);

@@ -10,7 +10,8 @@ use haul::{
 
 use crate::{
     githttp::{Behaviour, Server, Upstream},
-    node::{Bounds, Node, assert_sound, eventually},
+    node::{Bounds, assert_sound, eventually},
+    place,
 };
 
 fn upstream() -> Upstream {
@@ -27,15 +28,14 @@ async fn fifty_fetches_of_a_cold_upstream_are_fifty_listings_and_one_pack() {
     let upstream = upstream();
     let server = Server::start(upstream.root());
     server.behave(Behaviour::HoldPack);
-    let node = Node::new().await;
+    let node = place::node().await;
     let url = server.url("app.git");
     let older = Want::Commit(upstream.git(&["rev-parse", "main~1"]));
     // Two revisions: the branches as they are, and a commit below them.
-    let fetches =
-        (0..50).map(|n| node.fetch_as(&url, None, if n % 2 == 0 { &Want::All } else { &older }, Bounds::default()));
+    let fetches = (0..50).map(|n| node.fetch_as(&url, None, if n % 2 == 0 { &Want::All } else { &older }));
     let serve = async {
         // All have listed, and all but one wait.
-        eventually("forty-nine wait", || node.told("waiting") == 49).await;
+        eventually("forty-nine wait", || node.running.told("waiting") == 49).await;
         assert_eq!((server.counts().listings, server.counts().packs), (50, 1));
         server.behave(Behaviour::Serve);
     };
@@ -48,7 +48,7 @@ async fn fifty_fetches_of_a_cold_upstream_are_fifty_listings_and_one_pack() {
     let again = join_all((0..50).map(|_| node.fetch(&url))).await;
     assert!(again.iter().all(|fetched| fetched.as_ref().unwrap().source == Source::Mirror));
     assert_eq!((server.counts().listings, server.counts().packs), (100, 1));
-    assert_eq!(node.told("waiting"), 49, "who only reads waits for nobody");
+    assert_eq!(node.running.told("waiting"), 49, "who only reads waits for nobody");
 }
 
 #[tokio::test]
@@ -56,7 +56,7 @@ async fn who_waits_for_a_mirror_leaves_the_place_at_its_host_to_others() {
     let upstream = upstream();
     let server = Server::start(upstream.root());
     server.behave(Behaviour::HoldPack);
-    let node = Node::with(|settings| settings.host_limit = 2).await;
+    let node = place::node_with(|settings| settings.host_limit = 2).await;
     let url = server.url("app.git");
     let serve = async {
         // One has a place of the two all the time.
@@ -73,10 +73,10 @@ async fn who_waits_for_a_mirror_leaves_the_place_at_its_host_to_others() {
 async fn each_credential_has_its_own_mirror_and_its_own_pack() {
     let upstream = upstream();
     let server = Server::start(upstream.root());
-    let node = Node::new().await;
+    let node = place::node().await;
     let url = server.url("app.git");
     let names = [Some("a"), Some("b")];
-    let all = join_all((0..12).map(|n| node.fetch_as(&url, names[n % 2], &Want::All, Bounds::default()))).await;
+    let all = join_all((0..12).map(|n| node.fetch_as(&url, names[n % 2], &Want::All))).await;
     let paths: std::collections::BTreeSet<_> =
         all.iter().map(|fetched| fetched.as_ref().unwrap().path.clone()).collect();
     assert_eq!(paths.len(), 2);
@@ -85,7 +85,7 @@ async fn each_credential_has_its_own_mirror_and_its_own_pack() {
     assert_eq!(counts.authorised, counts.requests);
     // Access that was revoked is gone at once, whatever the mirror holds.
     server.behave(Behaviour::status(403));
-    let failure = node.fetch_as(&url, names[0], &Want::All, Bounds::default()).await.unwrap_err();
+    let failure = node.fetch_as(&url, names[0], &Want::All).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Forbidden);
 }
 
@@ -94,15 +94,15 @@ async fn who_waited_and_still_lacks_something_lists_again_and_receives_that_alon
     let upstream = upstream();
     let server = Server::start(upstream.root());
     server.behave(Behaviour::HoldPack);
-    let node = Node::new().await;
+    let node = place::node().await;
     let url = server.url("app.git");
     let small = Want::Branch("small".to_owned());
-    let one = node.fetch_as(&url, None, &small, Bounds::default());
+    let one = node.fetch_as(&url, None, &small);
     let other = async {
         eventually("the first receives", || server.counts().packs == 1).await;
         let fetch = node.fetch(&url);
         let serve = async {
-            eventually("the second waits", || node.told("waiting") == 1).await;
+            eventually("the second waits", || node.running.told("waiting") == 1).await;
             // What it listed is not there any more.
             upstream.git(&["update-ref", "-d", "refs/tags/v1"]);
             upstream.commit("main", &[("a.txt", "3")]);
@@ -124,7 +124,7 @@ async fn waiting_has_the_tasks_deadline_and_stalls_nobody() {
     let upstream = upstream();
     let server = Server::start(upstream.root());
     server.behave(Behaviour::HoldPack);
-    let node = Node::new().await;
+    let node = place::node().await;
     let url = server.url("app.git");
     let first = node.fetch(&url);
     let others = async {
@@ -132,12 +132,12 @@ async fn waiting_has_the_tasks_deadline_and_stalls_nobody() {
         let hasty = Bounds { deadline: Duration::from_secs(2), ..Bounds::default() };
         let touchy = Bounds { stall: Duration::from_secs(1), ..Bounds::default() };
         let hasty = async {
-            let failure = node.fetch_as(&url, None, &Want::All, hasty).await.unwrap_err();
+            let failure = node.fetch_within(&url, None, &Want::All, hasty).await.unwrap_err();
             // Longer than the other's stall limit.
             server.behave(Behaviour::Serve);
             failure
         };
-        tokio::join!(hasty, node.fetch_as(&url, None, &Want::All, touchy))
+        tokio::join!(hasty, node.fetch_within(&url, None, &Want::All, touchy))
     };
     let (first, (hasty, touchy)) = tokio::join!(first, others);
     assert_eq!(hasty.class, ErrorClass::Timeout, "{hasty}");

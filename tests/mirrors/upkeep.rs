@@ -8,7 +8,8 @@ use serde_json::json;
 
 use crate::{
     githttp::{Server, Upstream},
-    node::{Node, assert_sound, eventually, names, packs},
+    node::{Bounds, assert_sound, eventually},
+    place::{self, names, packs},
     world::{World, assert_alike, git},
 };
 
@@ -16,7 +17,7 @@ async fn is_repacked(repack: Repack) {
     let upstream = Upstream::new();
     upstream.commit("main", &[("a.txt", "0")]);
     let server = Server::start(upstream.root());
-    let node = Node::with(|settings| settings.repack = repack).await;
+    let node = place::node_with(|settings| settings.repack = repack).await;
     let url = server.url("app.git");
     let path = node.fetch(&url).await.unwrap().path;
     for n in 1..20 {
@@ -48,7 +49,7 @@ async fn is_repacked(repack: Repack) {
     }
     assert_eq!(again.listing.refs["refs/heads/main"], upstream.git(&["rev-parse", "main"]));
     assert_sound(&again.path);
-    eventually("nothing is left over", || node.names().len() == 2).await;
+    eventually("nothing is left over", || place::names(&node.directory()).len() == 2).await;
     assert_eq!(names(&path.join("objects/pack")).iter().filter(|name| name.starts_with("tmp")).count(), 0);
 }
 
@@ -106,12 +107,12 @@ async fn what_a_killed_transfer_left_is_gone_before_anything_else_arrives() {
     upstream.commit_noise("main", 400_000);
     let server = Server::start(upstream.root());
     server.behave(crate::githttp::Behaviour::StallPack { after: 100_000 });
-    let node = Node::new().await;
+    let node = place::node().await;
     let url = server.url("app.git");
-    let bounds = crate::node::Bounds { stall: Duration::from_millis(700), ..crate::node::Bounds::default() };
+    let bounds = Bounds { stall: Duration::from_millis(700), ..Bounds::default() };
     let want = haul::git::mirror::Want::All;
-    node.fetch_as(&url, None, &want, bounds).await.unwrap_err();
+    node.fetch_within(&url, None, &want, bounds).await.unwrap_err();
     // Beside the tasks, without another one.
-    let packs = node.storage.path().join(".haul/mirrors").join(&node.names()[0]).join("objects/pack");
+    let packs = node.directory().join(&place::names(&node.directory())[0]).join("objects/pack");
     eventually("it is swept", || names(&packs).is_empty()).await;
 }

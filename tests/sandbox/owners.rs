@@ -16,6 +16,7 @@ use serde_json::json;
 
 use super::{
     GID, UID, require_root,
+    whose::owners,
     world::{World, class, git, read, write},
 };
 
@@ -58,18 +59,6 @@ fn git_as_owner(dir: &Path, arguments: &[&str]) -> String {
     let output = as_owner("git", dir, arguments);
     assert!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-/// Everything under `path`, itself included, by whose it is.
-fn owners(path: &Path) -> BTreeSet<(u32, u32)> {
-    let stat = fs::symlink_metadata(path).unwrap();
-    let mut all = BTreeSet::from([(stat.uid(), stat.gid())]);
-    if stat.is_dir() {
-        for entry in fs::read_dir(path).unwrap() {
-            all.extend(owners(&entry.unwrap().path()));
-        }
-    }
-    all
 }
 
 fn packs(project: &Path) -> Vec<PathBuf> {

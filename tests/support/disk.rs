@@ -15,7 +15,21 @@ pub(crate) struct Disk {
     image: PathBuf,
     /// A file system around the image that is smaller than it: then the device fails instead of being full.
     thin: Option<PathBuf>,
+    kind: Kind,
     _place: tempfile::TempDir,
+}
+
+/// What can be done to a disk.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// It fills up, or is told to refuse writes.
+    Whole,
+    /// Its device can be made to fail where files grow.
+    Thin,
+    /// The same also where its own journal is written.
+    Brittle,
+    /// It takes an error as most systems are set up to: by turning read-only.
+    Guarded,
 }
 
 fn run(program: &str, arguments: &[&str]) {
@@ -32,30 +46,41 @@ fn text(path: &Path) -> &str {
 impl Disk {
     /// One of so many MiB and inodes.
     pub(crate) fn new(at: &Path, mib: u64, inodes: u64) -> Self {
-        Self::make(at, mib, inodes, false)
+        Self::make(at, mib, inodes, Kind::Whole)
     }
 
-    /// One whose device can be made to fail.
+    /// One whose device can be made to fail where files grow.
     pub(crate) fn thin(at: &Path, mib: u64) -> Self {
-        Self::make(at, mib, 2048, true)
+        Self::make(at, mib, 2048, Kind::Thin)
     }
 
-    fn make(at: &Path, mib: u64, inodes: u64, thin: bool) -> Self {
+    /// One whose device can be made to fail wherever it has not been written to yet, the file system's journal included.
+    pub(crate) fn brittle(at: &Path, mib: u64) -> Self {
+        Self::make(at, mib, 2048, Kind::Brittle)
+    }
+
+    /// One that turns read-only at an error, see [`Disk::error`].
+    pub(crate) fn guarded(at: &Path, mib: u64) -> Self {
+        Self::make(at, mib, 4096, Kind::Guarded)
+    }
+
+    fn make(at: &Path, mib: u64, inodes: u64, kind: Kind) -> Self {
         let place = tempfile::tempdir().unwrap();
-        let thin = thin.then(|| {
+        let thin = matches!(kind, Kind::Thin | Kind::Brittle).then(|| {
             let thin = place.path().join("thin");
             fs::create_dir(&thin).unwrap();
             run("mount", &["-t", "tmpfs", "-o", "size=1g", "none", text(&thin)]);
             thin
         });
         let image = thin.as_deref().unwrap_or(place.path()).join("image");
-        let disk = Self { at: at.to_owned(), image, thin, _place: place };
+        let disk = Self { at: at.to_owned(), image, thin, kind, _place: place };
         File::create(&disk.image).unwrap().set_len(mib << 20).unwrap();
         // Nothing kept for root, who runs the tests; tables and journal written at once, so that a device that fails later
         // has them, as a real one would.
-        let plain = "lazy_itable_init=0,lazy_journal_init=0,nodiscard";
+        let journal = u8::from(kind == Kind::Brittle);
+        let plain = format!("lazy_itable_init=0,lazy_journal_init={journal},nodiscard");
         let inodes = inodes.to_string();
-        let made = ["-q", "-F", "-m", "0", "-N", &inodes, "-O", "^resize_inode", "-E", plain, text(&disk.image)];
+        let made = ["-q", "-F", "-m", "0", "-N", &inodes, "-O", "^resize_inode", "-E", &plain, text(&disk.image)];
         run("mkfs.ext4", &made);
         disk.mount();
         disk
@@ -63,12 +88,27 @@ impl Disk {
 
     fn mount(&self) {
         fs::create_dir_all(&self.at).unwrap();
-        run("mount", &["-o", "loop,noatime,noinit_itable", text(&self.image), text(&self.at)]);
+        let errors = if self.kind == Kind::Guarded { "remount-ro" } else { "continue" };
+        let options = format!("loop,noatime,noinit_itable,errors={errors}");
+        run("mount", &["-o", &options, text(&self.image), text(&self.at)]);
+    }
+
+    /// Writes down everything that was written so far.
+    pub(crate) fn sync(&self) {
+        rustix::fs::syncfs(File::open(&self.at).unwrap()).unwrap();
+    }
+
+    /// The file to write to for an error that the kernel finds in this file system; it holds until it is mounted anew.
+    pub(crate) fn error(&self) -> PathBuf {
+        let output = Command::new("findmnt").args(["-no", "SOURCE", text(&self.at)]).output().unwrap();
+        let device = String::from_utf8(output.stdout).unwrap();
+        let name = device.trim().strip_prefix("/dev/").expect("a device").to_owned();
+        Path::new("/sys/fs/ext4").join(name).join("trigger_fs_error")
     }
 
     /// Lets the device fail every write once it was given `kib` more in new places.
     pub(crate) fn fail_after(&self, kib: u64) {
-        rustix::fs::syncfs(File::open(&self.at).unwrap()).unwrap();
+        self.sync();
         let thin = self.thin.as_deref().expect("a disk that can fail");
         let around = rustix::fs::statvfs(thin).unwrap();
         let used = (around.f_blocks - around.f_bfree) * around.f_frsize / 1024;
@@ -130,7 +170,7 @@ impl Disk {
         } else {
             let _ = fs::remove_file(ballast);
         }
-        rustix::fs::syncfs(File::open(&self.at).unwrap()).unwrap();
+        self.sync();
     }
 
     /// Refuses or allows writes.
@@ -154,6 +194,12 @@ impl Immutable {
     pub(crate) fn new(path: PathBuf) -> Self {
         run("chattr", &["+i", text(&path)]);
         Self(path)
+    }
+
+    /// Says that it stands elsewhere by now.
+    pub(crate) fn moved(&mut self, path: PathBuf) {
+        assert!(path.exists());
+        self.0 = path;
     }
 }
 

@@ -18,9 +18,12 @@
 #![allow(dead_code, reason = "each suite that includes this file uses its own part of it")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up shall fail loudly")]
 
+#[path = "cgi.rs"]
+mod cgi;
+
 use std::{
     fmt::Write as _,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -32,6 +35,7 @@ use std::{
     time::Duration,
 };
 
+pub(crate) use cgi::Request;
 use rustls::{
     ServerConfig, ServerConnection, StreamOwned,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -126,18 +130,6 @@ struct State {
     /// The value of `Authorization` that is required.
     authorization: Option<String>,
     counts: Counts,
-}
-
-/// One request.
-pub(crate) struct Request {
-    /// Its method.
-    pub(crate) method: String,
-    /// Its path.
-    pub(crate) path: String,
-    query: String,
-    headers: Vec<(String, String)>,
-    /// Its body.
-    pub(crate) body: Vec<u8>,
 }
 
 impl Upstream {
@@ -365,8 +357,9 @@ impl Shared {
 
     fn serve(&self, stream: &mut impl Stream, socket: &TcpStream) -> std::io::Result<()> {
         let request = Request::read(stream)?;
-        let is_pack = request.body.windows(13).any(|window| window == b"command=fetch");
-        let is_depth = is_pack && request.body.windows(7).any(|window| window == b"deepen ");
+        let is_pack = request.has(b"command=fetch");
+        // Whoever says where its history ends already wants no more of it.
+        let is_depth = is_pack && (request.has(b"deepen ") || request.has(b"shallow "));
         let handler = self.state.lock().unwrap().handler.clone();
         let answered = handler.is_some_and(|handler| handler(&request, stream));
         let behaviour = {
@@ -375,7 +368,7 @@ impl Shared {
             state.counts.requests += 1;
             state.counts.packs += usize::from(is_pack);
             state.counts.depths += usize::from(is_depth);
-            state.counts.listings += usize::from(request.body.windows(15).any(|window| window == b"command=ls-refs"));
+            state.counts.listings += usize::from(request.has(b"command=ls-refs"));
             state.counts.authorised += usize::from(authorization.is_some());
             if state.authorization.is_some() && state.authorization != authorization {
                 Behaviour::status(401).header("WWW-Authenticate", "Basic realm=\"git\"")
@@ -389,8 +382,7 @@ impl Shared {
         match behaviour {
             Behaviour::Serve => self.answer(stream, &request, usize::MAX).map(drop),
             Behaviour::DamagePack { at, asked_by } => {
-                let asked = request.body.windows(asked_by.len()).any(|window| window == asked_by.as_bytes());
-                let at = if is_pack && asked { at } else { usize::MAX };
+                let at = if is_pack && request.has(asked_by.as_bytes()) { at } else { usize::MAX };
                 self.answer(&mut Damaging { stream, left: at }, &request, usize::MAX).map(drop)
             }
             Behaviour::Answer { status, headers } => {
@@ -452,34 +444,16 @@ impl Shared {
 
     /// Answers as git does, but with at most `most` bytes of the body; whether that cut it short.
     fn answer(&self, stream: &mut impl Stream, request: &Request, most: usize) -> std::io::Result<bool> {
-        let mut command = git_command(&self.root);
-        command
-            .arg("http-backend")
-            .env("GIT_PROJECT_ROOT", &self.root)
-            .env("GIT_HTTP_EXPORT_ALL", "1")
-            .env("REQUEST_METHOD", &request.method)
-            .env("PATH_INFO", &request.path)
-            .env("QUERY_STRING", &request.query)
-            .env("REMOTE_ADDR", "127.0.0.1")
-            .env("CONTENT_LENGTH", request.body.len().to_string())
-            .env("CONTENT_TYPE", request.header("content-type").unwrap_or_default())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
-        for (variable, header) in [("GIT_PROTOCOL", "git-protocol"), ("HTTP_CONTENT_ENCODING", "content-encoding")] {
-            if let Some(value) = request.header(header) {
-                command.env(variable, value);
-            }
-        }
-        let mut child = command.spawn()?;
-        // The backend reads its whole request before it answers.
-        let fed = child.stdin.take().map(|mut stdin| stdin.write_all(&request.body));
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let answered = fed.unwrap_or(Ok(())).and_then(|()| relay(stream, &mut output, most));
-        drop(output);
-        let _ = child.kill();
-        child.wait()?;
-        answered
+        let mut git = git_command(&self.root);
+        git.env("GIT_PROJECT_ROOT", &self.root).env("PATH_INFO", &request.path);
+        let mut left = most;
+        cgi::answer(git, request, stream, 8192, |stream, bytes| {
+            let piece = cgi::piece(&bytes[..bytes.len().min(left)]);
+            left = left.saturating_sub(bytes.len());
+            // One that is cut has no end either.
+            stream.write_all(if left == 0 { &piece[..piece.len() - 2] } else { &piece })?;
+            Ok(left > 0)
+        })
     }
 }
 
@@ -510,76 +484,5 @@ impl<S: Write> Write for Damaging<'_, S> {
 
     fn flush(&mut self) -> std::io::Result<()> {
         self.stream.flush()
-    }
-}
-
-/// Turns the output of a CGI program into an answer, chunk by chunk.
-fn relay(stream: &mut impl Stream, output: &mut impl BufRead, most: usize) -> std::io::Result<bool> {
-    let mut status = "200 OK".to_owned();
-    let mut head = String::new();
-    loop {
-        let mut line = String::new();
-        output.read_line(&mut line)?;
-        match line.trim_end() {
-            "" => break,
-            line => match line.strip_prefix("Status: ") {
-                Some(text) => text.clone_into(&mut status),
-                None => drop(write!(head, "{line}\r\n")),
-            },
-        }
-    }
-    write!(stream, "HTTP/1.1 {status}\r\n{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n")?;
-    let mut left = most;
-    let mut buffer = [0; 8192];
-    loop {
-        let count = output.read(&mut buffer)?;
-        if count == 0 {
-            write!(stream, "0\r\n\r\n")?;
-            return Ok(false);
-        }
-        let sent = count.min(left);
-        write!(stream, "{sent:x}\r\n")?;
-        stream.write_all(&buffer[..sent])?;
-        left -= sent;
-        if left == 0 {
-            return Ok(true);
-        }
-        stream.write_all(b"\r\n")?;
-    }
-}
-
-impl Request {
-    fn read(stream: &mut impl Stream) -> std::io::Result<Self> {
-        let mut reader = BufReader::new(stream);
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        let mut words = line.split_whitespace();
-        let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        let (path, query) = target.split_once('?').unwrap_or((target, ""));
-        let mut request = Self {
-            method: method.to_owned(),
-            path: path.to_owned(),
-            query: query.to_owned(),
-            headers: Vec::new(),
-            body: Vec::new(),
-        };
-        loop {
-            let mut line = String::new();
-            reader.read_line(&mut line)?;
-            match line.trim_end().split_once(':') {
-                Some((name, value)) => {
-                    request.headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
-                }
-                None => break,
-            }
-        }
-        if let Some(length) = request.header("content-length").and_then(|length| length.parse().ok()) {
-            reader.take(length).read_to_end(&mut request.body)?;
-        }
-        Ok(request)
-    }
-
-    pub(crate) fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 }

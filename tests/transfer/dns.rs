@@ -111,7 +111,7 @@ async fn a_name_that_changes_its_addresses_is_connected_to_where_it_was_judged()
     let (port, public) = forward(PUBLIC, 0, Some(inner));
     let (_, trap) = forward(Ipv4Addr::LOCALHOST, port, None);
     let asked = name_server(&[PUBLIC, Ipv4Addr::LOCALHOST]);
-    let node = Node::with(|settings| settings.allow_loopback = false).await;
+    let node = Node::with(Engine::Gix, |settings| settings.allow_loopback = false).await;
     let url = format!("http://changing.example:{port}/app.git");
     // Judged once, and every request of the transfer goes there, whatever the name is by now.
     let refused = node.fetch(&url).await.unwrap_err();
@@ -138,7 +138,7 @@ async fn a_name_that_was_this_machine_for_a_moment_gets_no_credential_in_the_cle
     let (_, local) = forward(Ipv4Addr::LOCALHOST, port, Some(inner));
     name_server(&[Ipv4Addr::LOCALHOST, PUBLIC]);
     // A node that may talk to itself, also without encryption.
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.credential_at("changing.example/team.token", CANARY);
     let url = format!("http://changing.example:{port}/app.git");
     let fetched = node.fetch_as(&url, Some("team"), &Want::All).await.unwrap();

@@ -184,8 +184,8 @@ async fn a_trickle_is_a_stall_wherever_it_comes() {
             trickle(stream, &band(1, b"\x30\x78\x9c\x03\0\0\0\0\x01"))
         }),
     ];
-    let mut node = Node::new().await;
-    node.stall = Duration::from_millis(1500);
+    let mut node = Node::new(Engine::Gix).await;
+    node.running.bounds.stall = Duration::from_millis(1500);
     for (what, drip) in drips {
         let server = Raw::start(drip);
         let started = Instant::now();
@@ -220,7 +220,7 @@ async fn what_never_ends_is_taken_up_to_the_quota() {
             stream.write_all(&words)?;
         }
     });
-    let node = Node::with(|settings| settings.max_bytes = bytesize::ByteSize::mb(5)).await;
+    let node = Node::with(Engine::Gix, |settings| settings.max_bytes = bytesize::ByteSize::mb(5)).await;
     for server in [refs, words] {
         let failure = node.fetch(&server.url()).await.unwrap_err();
         assert_eq!(failure.class, ErrorClass::Quota, "{failure}");
@@ -260,13 +260,13 @@ async fn a_listing_that_grows_when_it_is_unpacked_is_taken_up_to_the_quota() {
         )?;
         stream.write_all(&bomb)
     });
-    let failure = Node::new().await.fetch(&server.url()).await.unwrap_err();
+    let failure = Node::new(Engine::Gix).await.fetch(&server.url()).await.unwrap_err();
     assert_eq!(failure.class, ErrorClass::Quota, "{failure}");
 }
 
 #[tokio::test]
 async fn broken_lines_and_packs_end_with_a_class_and_hold_nothing_up() {
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let mut bodies: Vec<(Asked, Vec<u8>)> = Vec::new();
     for cut in ["zzzz", "0003", "-001", "ffff", "0009abc", "00", "\0\0\0\0", "+00a ref"] {
         bodies.push((Asked::Capabilities, [capabilities(), cut.as_bytes().to_vec()].concat()));
@@ -317,7 +317,7 @@ async fn broken_lines_and_packs_end_with_a_class_and_hold_nothing_up() {
 #[tokio::test]
 async fn what_an_upstream_says_is_shown_without_what_a_terminal_obeys() {
     let escapes = "\u{1b}]0;owned\u{7}\u{1b}[2J\u{9b}31m\u{202e}evil\r\n\0";
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     for channel in [Some(3), None] {
         let server = Raw::start(move |asked, stream| {
             if asked != Asked::Pack {
@@ -339,7 +339,7 @@ async fn what_an_upstream_says_is_shown_without_what_a_terminal_obeys() {
         stream.write_all(b"HTTP/1.1 302 \x1b[31mFound\r\nLocation: http://\x1b[2J/\r\nContent-Length: 0\r\n\r\n")
     });
     assert_shown_safely(&node.fetch(&server.url()).await.unwrap_err());
-    for progress in node.progress.lock().unwrap().iter() {
+    for progress in node.running.progress.lock().unwrap().iter() {
         assert!(!progress.phase.chars().any(char::is_control));
     }
 }
@@ -360,7 +360,7 @@ async fn refs_with_odd_names_are_left_out_and_those_that_fight_over_a_name_are_k
         ),
         asked => properly(asked, stream),
     });
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     let fetched = node.fetch(&server.url()).await.unwrap();
     assert!(fetched.listing.refs.is_empty() && fetched.listing.head.is_none(), "{:?}", fetched.listing);
     assert_eq!(server.requests.load(Ordering::SeqCst), 2);
@@ -391,7 +391,7 @@ async fn refs_with_odd_names_are_left_out_and_those_that_fight_over_a_name_are_k
 #[tokio::test]
 async fn a_redirect_is_not_followed_wherever_it_leads() {
     let elsewhere = Raw::start(properly);
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.credential("team.token", CANARY);
     let port = elsewhere.port;
     for location in [
@@ -428,7 +428,7 @@ async fn a_redirect_is_not_followed_wherever_it_leads() {
 
 #[tokio::test]
 async fn whoever_asks_for_a_credential_gets_none_but_that_of_its_host() {
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     node.credential_at("git.example/team.token", CANARY);
     for (status, ask) in [
         (401, "WWW-Authenticate: Basic realm=\"git.example\""),
@@ -451,7 +451,7 @@ async fn whoever_asks_for_a_credential_gets_none_but_that_of_its_host() {
 
 #[tokio::test]
 async fn connections_that_break_at_any_moment_are_a_matter_of_the_network() {
-    let node = Node::new().await;
+    let node = Node::new(Engine::Gix).await;
     for at in [Asked::Capabilities, Asked::Refs, Asked::Pack] {
         for said in ["", "HTTP/1.1 2", "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n0008", "nonsense\r\n\r\n"] {
             let server = Raw::start(move |asked, stream| {
@@ -470,7 +470,7 @@ async fn connections_that_break_at_any_moment_are_a_matter_of_the_network() {
 #[tokio::test]
 async fn a_certificate_of_another_name_or_another_time_is_not_trusted() {
     let upstream = rich();
-    let node = Node::with(|settings| settings.ca_file = Some(githttp::other_ca_file())).await;
+    let node = Node::with(Engine::Gix, |settings| settings.ca_file = Some(githttp::other_ca_file())).await;
     node.credential("team.token", CANARY);
     for certificate in ["wrong-name.pem", "expired.pem", "cert.pem"] {
         let server = Server::start_tls_with(upstream.root(), certificate);

@@ -9,8 +9,17 @@ use std::{
 use haul::{failure::ErrorClass, git::settings::HostSettings};
 
 use super::*;
+use crate::node::with_both;
 
-/// A proxy that knows how to CONNECT, whatever the name, to one address; and what it was asked.
+with_both! {
+    a_host_behind_a_proxy_is_reached_through_it_alone_and_by_name
+    tls_goes_through_the_proxy_to_the_upstream_and_each_host_has_its_own_authority
+    what_can_be_judged_without_an_address_is_judged_before_the_proxy_is_asked
+    a_proxy_that_refuses_is_told_without_its_password
+}
+
+/// A proxy that leads to one address, whatever the name, by CONNECT or with the whole address as the request's target, and
+/// that wants to know who asks; and what it was asked.
 pub(crate) struct Tunnel {
     pub(crate) port: u16,
     asked: Arc<Mutex<Vec<String>>>,
@@ -45,12 +54,21 @@ fn serve(mut client: TcpStream, to: u16, status: u16, heard: &Mutex<Vec<String>>
             return Ok(());
         }
     }
-    heard.lock().unwrap().push(request);
-    write!(client, "HTTP/1.1 {status} Status\r\n\r\n")?;
+    heard.lock().unwrap().push(request.clone());
     if status != 200 {
-        return Ok(());
+        return write!(client, "HTTP/1.1 {status} Status\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    }
+    if !request.contains("Proxy-Authorization: ") {
+        let challenge = "Proxy-Authenticate: Basic realm=\"proxy\"";
+        return write!(client, "HTTP/1.1 407 Who\r\n{challenge}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
     }
     let mut server = TcpStream::connect(("127.0.0.1", to))?;
+    if request.starts_with("CONNECT ") {
+        write!(client, "HTTP/1.1 200 Connected\r\n\r\n")?;
+    } else {
+        let (method, rest) = request.split_once(" http://").unwrap();
+        server.write_all(format!("{method} {}", &rest[rest.find('/').unwrap()..]).as_bytes())?;
+    }
     let mut back = server.try_clone()?;
     let mut to_client = client.try_clone()?;
     std::thread::spawn(move || {
@@ -67,46 +85,51 @@ fn port_of(server: &Server) -> u16 {
 }
 
 /// A node whose `pattern` is behind the proxy.
-async fn node(pattern: &str, proxy: &Tunnel, change: impl FnOnce(&mut GitSettings)) -> Node {
+async fn node(engine: Engine, pattern: &str, proxy: &Tunnel, change: impl FnOnce(&mut GitSettings)) -> Node {
     let address = format!("http://haul:{CANARY}@127.0.0.1:{}", proxy.port);
     let host = HostSettings { proxy: Some(address.try_into().unwrap()), ..HostSettings::default() };
-    Node::with(|settings| {
+    Node::with(engine, |settings| {
         settings.host.insert(pattern.to_owned(), host);
         change(settings);
     })
     .await
 }
 
-#[tokio::test]
-async fn a_host_behind_a_proxy_is_reached_through_it_alone_and_by_name() {
+async fn a_host_behind_a_proxy_is_reached_through_it_alone_and_by_name(engine: Engine) {
     let upstream = rich();
     let server = Server::start(upstream.root());
     let proxy = Tunnel::start(port_of(&server), 200);
     // Neither does the name resolve here nor is the node allowed to talk to itself.
-    let node = node("*.corp.invalid", &proxy, |settings| settings.allow_loopback = false).await;
+    let node = node(engine, "*.corp.invalid", &proxy, |settings| settings.allow_loopback = false).await;
     let fetched = node.fetch("http://git.corp.invalid/app.git").await.unwrap();
     assert_eq!(refs(&fetched.path), refs(&upstream.path()));
     let asked = proxy.asked();
     assert!(!asked.is_empty());
-    for head in asked {
-        assert!(head.starts_with("CONNECT git.corp.invalid:80 "), "{head}");
-        // haul:canary
-        assert!(head.contains("Proxy-Authorization: Basic aGF1bDpjYW5hcnk="), "{head}");
+    for head in &asked {
+        let by_name = match engine {
+            Engine::Gix => head.starts_with("CONNECT git.corp.invalid:80 "),
+            // Without encryption the command hands the whole address to the proxy.
+            Engine::Git => head.split_once(' ').unwrap().1.starts_with("http://git.corp.invalid/app.git/"),
+        };
+        assert!(by_name, "{head}");
+        // The command waits to be asked who it is.
+        assert!(engine == Engine::Git || head.contains("Proxy-Authorization: "), "{head}");
     }
+    // haul:canary
+    assert!(asked.iter().any(|head| head.contains("Proxy-Authorization: Basic aGF1bDpjYW5hcnk=")), "{asked:?}");
     // Another host is not sent there.
     let asked = proxy.asked().len();
     assert_eq!(node.fetch("http://git.other.invalid/app.git").await.unwrap_err().class, ErrorClass::Network);
     assert_eq!(proxy.asked().len(), asked);
 }
 
-#[tokio::test]
-async fn tls_goes_through_the_proxy_to_the_upstream_and_each_host_has_its_own_authority() {
+async fn tls_goes_through_the_proxy_to_the_upstream_and_each_host_has_its_own_authority(engine: Engine) {
     let upstream = rich();
     let server = Server::start_tls(upstream.root());
     server.require(CANARY_LOGIN);
     let proxy = Tunnel::start(port_of(&server), 200);
     let url = server.url("app.git");
-    let through = node("localhost", &proxy, |settings| {
+    let through = node(engine, "localhost", &proxy, |settings| {
         // What the section says would not do.
         settings.ca_file = Some(githttp::other_ca_file());
         settings.host.get_mut("localhost").unwrap().ca_file = Some(githttp::ca_file());
@@ -116,15 +139,14 @@ async fn tls_goes_through_the_proxy_to_the_upstream_and_each_host_has_its_own_au
     let fetched = through.fetch_as(&url, Some("team"), &Want::All).await.unwrap();
     assert_eq!(refs(&fetched.path), refs(&upstream.path()));
     assert!(!proxy.asked().concat().contains(CANARY_LOGIN), "the upstream's credential was told to the proxy");
-    let wrong = node("localhost", &proxy, |settings| settings.ca_file = Some(githttp::other_ca_file())).await;
+    let wrong = node(engine, "localhost", &proxy, |settings| settings.ca_file = Some(githttp::other_ca_file())).await;
     let failure = wrong.fetch(&url).await.unwrap_err();
     assert_eq!((failure.class, failure.unreachable), (ErrorClass::Network, false), "{failure}");
 }
 
-#[tokio::test]
-async fn what_can_be_judged_without_an_address_is_judged_before_the_proxy_is_asked() {
+async fn what_can_be_judged_without_an_address_is_judged_before_the_proxy_is_asked(engine: Engine) {
     let proxy = Tunnel::start(1, 200);
-    let node = node("*", &proxy, |settings| {
+    let node = node(engine, "*", &proxy, |settings| {
         settings.allow_loopback = false;
         settings.allow_private = false;
         settings.ports = vec![80, 443];
@@ -153,13 +175,12 @@ async fn what_can_be_judged_without_an_address_is_judged_before_the_proxy_is_ask
     assert_eq!(proxy.asked(), Vec::<String>::new());
 }
 
-#[tokio::test]
-async fn a_proxy_that_refuses_is_told_without_its_password() {
+async fn a_proxy_that_refuses_is_told_without_its_password(engine: Engine) {
     for (status, class, unreachable) in
         [(403, ErrorClass::Forbidden, false), (407, ErrorClass::Network, true), (502, ErrorClass::Network, true)]
     {
         let proxy = Tunnel::start(1, status);
-        let node = node("git.invalid", &proxy, |_| ()).await;
+        let node = node(engine, "git.invalid", &proxy, |_| ()).await;
         let failure = node.fetch("https://git.invalid/x.git").await.unwrap_err();
         assert_eq!((failure.class, failure.unreachable), (class, unreachable), "{failure}");
         assert!(!failure.message.contains(CANARY), "{failure}");

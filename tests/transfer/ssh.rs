@@ -82,7 +82,7 @@ impl Sshd {
     async fn node_with(&self, host_key: &str, engine: Engine) -> Node {
         let known = self.directory.path().join(format!("known hosts {host_key}"));
         fs::write(&known, format!("[localhost]:{} {}", self.port, self.read(&format!("{host_key}.pub")))).unwrap();
-        let node = Node::with(|settings| {
+        let node = Node::with(Engine::Gix, |settings| {
             settings.known_hosts = Some(known);
             settings.transport = engine;
         })
@@ -127,7 +127,7 @@ async fn ssh_brings_what_git_itself_would_and_later_what_is_new() {
     drop(fetched);
     let fetched = node.fetch_as(&url, Some("user"), &Want::All).await.unwrap();
     assert_eq!((fetched.objects, refs(&fetched.path)), (3, refs(&upstream.path())));
-    let phases: Vec<_> = node.progress.lock().unwrap().iter().map(|progress| progress.phase.clone()).collect();
+    let phases: Vec<_> = node.running.progress.lock().unwrap().iter().map(|progress| progress.phase.clone()).collect();
     assert!(phases.contains(&"connecting".to_owned()), "{phases:?}");
     assert!(node.processes().is_empty());
 }
@@ -163,12 +163,12 @@ async fn only_a_host_whose_key_is_known_is_talked_to() {
     assert!(failure.message.contains("Host key verification failed"), "{failure}");
     let empty = sshd.directory.path().join("nobody");
     fs::write(&empty, "").unwrap();
-    let unknown = Node::with(|settings| settings.known_hosts = Some(empty.clone())).await;
+    let unknown = Node::with(Engine::Gix, |settings| settings.known_hosts = Some(empty.clone())).await;
     unknown.credential_at("user.key", &sshd.read("user"));
     let failure = refused(&unknown, &url, "user").await;
     assert_eq!(failure.class, ErrorClass::Forbidden, "{failure}");
     assert_eq!(fs::read_to_string(empty).unwrap(), "", "a host was learnt");
-    let none = Node::new().await;
+    let none = Node::new(Engine::Gix).await;
     none.credential_at("user.key", &sshd.read("user"));
     let failure = refused(&none, &url, "user").await;
     assert_eq!(failure.class, ErrorClass::Forbidden, "{failure}");
@@ -231,7 +231,7 @@ async fn what_a_shell_or_ssh_would_run_stays_a_name() {
 async fn a_server_that_falls_silent_is_stalled_before_and_after_it_greets() {
     let sshd = Sshd::start(&[("hangs", "command=\"exec sleep 30\" ")]);
     let mut node = sshd.node("host").await;
-    node.stall = Duration::from_secs(1);
+    node.running.bounds.stall = Duration::from_secs(1);
     let started = Instant::now();
     let failure = refused(&node, &sshd.url("/x.git"), "hangs").await;
     assert_eq!(failure.class, ErrorClass::Stalled, "{failure}");

@@ -1,6 +1,7 @@
 //! Row 17: everything in a workspace that makes git run a program or talk to somebody else.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::TcpListener,
     os::unix::fs::PermissionsExt,
@@ -14,7 +15,10 @@ use std::{
 
 use serde_json::json;
 
-use crate::scene::{self, Scene, USERS, assert_untouched, bounded, command, give, owner, privileged, snapshot, write};
+use crate::{
+    scene::{self, Scene, USERS, assert_untouched, bounded, command, give, owner, privileged, snapshot, write},
+    table::{Bites, told},
+};
 
 /// How a payload is shown to bite.
 enum Shown {
@@ -172,6 +176,14 @@ impl Payload {
         }
     }
 
+    /// Whom it bites. Libgit2 runs no program of a repository's settings, so plain git is asked alone.
+    fn bites(&self) -> Bites {
+        match self.shown {
+            Shown::By(_) | Shown::Connects(_) | Shown::Hangs(_) => Bites::Git,
+            Shown::Protected | Shown::Later => Bites::Nobody,
+        }
+    }
+
     fn fill(&self, text: &str, mark: &Path, trap: u16) -> String {
         text.replace('@', &mark.with_extension("sh").display().to_string())
             .replace('%', &mark.with_extension("pipe").display().to_string())
@@ -266,13 +278,16 @@ pub(crate) async fn run() {
     let shown_in = scene.path("shown");
     fs::create_dir(&shown_in).unwrap();
     scene::git(&shown_in, &["init", "-q", "other"]);
-    let mut failed = Vec::new();
+    let (mut failed, mut bitten) = (Vec::new(), BTreeMap::<Bites, usize>::new());
     for (number, payload) in PAYLOADS.iter().enumerate() {
         let twin = copy(&project, &shown_in.join(format!("twin-{number}")));
         let mark = shown_in.join(format!("mark-{number}"));
         payload.plant(&twin, &mark, trap.port);
         match payload.show(&twin, &mark, &trap) {
-            Ok(how) => println!("{:<50} {how}", payload.name),
+            Ok(how) => {
+                println!("{:<50} {how}", payload.name);
+                *bitten.entry(payload.bites()).or_default() += 1;
+            }
             Err(said) => failed.push(format!("{} does not bite plain git: {said}", payload.name)),
         }
     }
@@ -314,8 +329,9 @@ pub(crate) async fn run() {
     assert!(fired.is_empty(), "these ran: {fired:?}");
     assert_eq!(trap.met.load(Ordering::SeqCst), met, "somebody connected to the trap");
     println!(
-        "{} payloads that run programs or redirect connections, {} traces of children, as {}",
+        "{} payloads that run programs or redirect connections ({}), {} traces of children, as {}",
         PAYLOADS.len(),
+        told(&bitten),
         traces.len(),
         who()
     );

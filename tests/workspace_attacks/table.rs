@@ -1,6 +1,7 @@
 //! Runs the payloads that lead out or block, one project each, several at a time.
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -15,26 +16,43 @@ use crate::{
     altered, blocking,
     programs::{copy, users, who},
     scene::{Scene, assert_untouched, bounded, command, git, give, privileged, snapshot},
+    unguarded,
+    unguarded::{Call, Harm},
 };
 
 /// How many projects are worked in at once.
 const AT_ONCE: usize = 4;
 
-/// How a payload is shown to bite plain git.
+/// How a payload is shown to bite: plain git, or libgit2 where nobody guards it. In lines for git `^1` and `^2` are the
+/// commits at which the project stands and to which it is pulled.
 #[derive(Clone, Copy)]
 pub(crate) enum Shown {
     /// What is outside changes.
     Changes(&'static [&'static str]),
     /// An object that only the stranger has can be read.
     Reads,
+    /// Git says what only a file outside tells it to say.
+    Obeys(&'static str, &'static str),
     /// The program runs.
     Runs(&'static str),
     /// Git waits, or fails.
     Fails(&'static str),
     /// The same for whom mode bits hold.
     FailsUnlessRoot(&'static str),
-    /// Git itself does right.
-    Withstood,
+    /// The same for root, who alone makes files that nobody may change.
+    FailsIfRoot(&'static str),
+    /// Git does right, and libgit2 does harm by one call with its defaults.
+    Unguarded(Call, Harm),
+    /// Neither is harmed; why it is tried all the same.
+    Neither(&'static str),
+}
+
+/// Who was shown to be harmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Bites {
+    Git,
+    Library,
+    Nobody,
 }
 
 /// How a task may end.
@@ -111,16 +129,19 @@ pub(crate) async fn run() {
     let payloads: Vec<&Payload> = altered::PAYLOADS.iter().chain(blocking::PAYLOADS).collect();
     let begun = Instant::now();
     // With a stranger's own copy of everything outside, since the snapshots of two payloads must not meet.
-    let outcomes: Vec<Result<String, String>> = stream::iter(payloads.iter().enumerate())
+    let outcomes: Vec<Result<(Bites, String), String>> = stream::iter(payloads.iter().enumerate())
         .map(|(number, payload)| attempt(&scene, payload, number))
         .buffer_unordered(AT_ONCE)
         .collect()
         .await;
     let traces = scene.tracer.as_ref().unwrap().take();
-    let mut failed = Vec::new();
+    let (mut failed, mut bitten) = (Vec::new(), BTreeMap::<Bites, usize>::new());
     for outcome in outcomes {
         match outcome {
-            Ok(line) => println!("{line}"),
+            Ok((bites, line)) => {
+                println!("{line}");
+                *bitten.entry(bites).or_default() += 1;
+            }
             Err(line) => failed.push(line),
         }
     }
@@ -130,16 +151,24 @@ pub(crate) async fn run() {
         trace.judge(&scene.storage(), "in an altered workspace");
     }
     println!(
-        "{} payloads that lead out, block or are held, {} traces of children, {:?}, as {}",
+        "{} payloads that lead out, block or are held ({}), {} traces of children, {:?}, as {}",
         payloads.len(),
+        told(&bitten),
         traces.len(),
         begun.elapsed(),
         who()
     );
 }
 
+/// How many of the payloads were shown by whom.
+pub(crate) fn told(bitten: &BTreeMap<Bites, usize>) -> String {
+    let count = |bites| bitten.get(&bites).copied().unwrap_or_default();
+    let (git, library, nobody) = (count(Bites::Git), count(Bites::Library), count(Bites::Nobody));
+    format!("{git} shown against plain git, {library} against unguarded libgit2, {nobody} against neither")
+}
+
 /// One payload: shown, planted, met.
-async fn attempt(scene: &Scene, payload: &Payload, number: usize) -> Result<String, String> {
+async fn attempt(scene: &Scene, payload: &Payload, number: usize) -> Result<(Bites, String), String> {
     let id = i64::try_from(number).unwrap() + 1;
     let name = format!("p{number}");
     let wrong = |what: String| Err(format!("{}: {what}", payload.name));
@@ -151,12 +180,16 @@ async fn attempt(scene: &Scene, payload: &Payload, number: usize) -> Result<Stri
     let shown = {
         let (project, place) = (project.clone(), place.clone());
         let (outside, first, second) = (scene.outside(), scene.first.clone(), scene.second.clone());
-        let (shown, plant) = (payload.shown, payload.plant);
-        tokio::task::spawn_blocking(move || show(shown, plant, &project, &place, &outside, (&first, &second))).await
+        let (shown, plant, upstream) = (payload.shown, payload.plant, scene.upstream.path());
+        tokio::task::spawn_blocking(move || {
+            let stage = Stage { project: &project, place: &place, outside: &outside, upstream: &upstream };
+            stage.show(shown, plant, (&first, &second))
+        })
+        .await
     };
-    let shown = match shown.unwrap() {
+    let (bites, shown) = match shown.unwrap() {
         Ok(shown) => shown,
-        Err(said) => return wrong(format!("does not bite plain git: {said}")),
+        Err(said) => return wrong(format!("does not bite: {said}")),
     };
     let mark = place.join("met");
     let outside = copy(&scene.outside(), &place.join("outside"));
@@ -209,66 +242,115 @@ async fn attempt(scene: &Scene, payload: &Payload, number: usize) -> Result<Stri
         Ok(_) => "works".to_owned(),
         Err(failure) => failure.message.clone(),
     };
-    Ok(format!("{:<55} git {shown}; status {}; pull {}", payload.name, ended(&status), ended(&pull)))
+    let line = format!("{:<55} {shown}; status {}; pull {}", payload.name, ended(&status), ended(&pull));
+    Ok((bites, line))
 }
 
-/// Plants it in a copy of the project and lets plain git meet it.
-fn show(
-    shown: Shown,
-    plant: fn(&Where),
-    project: &Path,
-    place: &Path,
-    outside: &Path,
-    commits: (&str, &str),
-) -> Result<&'static str, String> {
-    fs::create_dir(place).unwrap();
-    if matches!(shown, Shown::Withstood) {
-        return Ok("withstands it");
+/// What bites an altered project must do nothing to one that is not.
+pub(crate) async fn healthy() {
+    let scene = Scene::new(false).await;
+    scene.clone(1, "p").await.unwrap();
+    let project = scene.behind("p");
+    for (number, call) in Call::ALL.into_iter().enumerate() {
+        let place = scene.path(&format!("place-{number}"));
+        let (upstream, outside) = (scene.upstream.path(), scene.outside());
+        let stage = Stage { project: &project, place: &place, outside: &outside, upstream: &upstream };
+        let shown = stage.show(Shown::Unguarded(call, Harm::Nothing), |_| (), (&scene.first, &scene.second));
+        assert!(shown.is_ok(), "{shown:?}");
     }
-    let twin = copy(project, &place.join("twin"));
-    let outside = copy(outside, &place.join("twin-outside"));
-    let mark = place.join("shown");
-    let w = Where {
-        project: twin.clone(),
-        outside: outside.clone(),
-        first: commits.0.to_owned(),
-        second: commits.1.to_owned(),
-        mark: mark.clone(),
+}
+
+/// Where a payload is shown.
+struct Stage<'a> {
+    project: &'a Path,
+    place: &'a Path,
+    outside: &'a Path,
+    upstream: &'a Path,
+}
+
+impl Stage<'_> {
+    /// Plants it in a copy of the project and lets plain git or libgit2 meet it.
+    fn show(&self, shown: Shown, plant: fn(&Where), commits: (&str, &str)) -> Result<(Bites, String), String> {
+        fs::create_dir(self.place).unwrap();
+        let planted = || {
+            let twin = copy(self.project, &self.place.join("twin"));
+            let outside = copy(self.outside, &self.place.join("twin-outside"));
+            let (first, second) = (commits.0.to_owned(), commits.1.to_owned());
+            let w = Where { project: twin, outside, first, second, mark: self.place.join("shown") };
+            plant(&w);
+            w
+        };
+        let by_library = |call: Call, harm: Harm| {
+            let w = planted();
+            let met = unguarded::meet(call, &w, self.upstream);
+            remove(&w);
+            if met == harm {
+                Ok((Bites::Library, format!("libgit2 {met} ({call:?})")))
+            } else {
+                Err(format!("libgit2 {met} ({call:?})"))
+            }
+        };
+        let nobody = |why: &str| Ok((Bites::Nobody, format!("withstood ({why})")));
+        match shown {
+            Shown::Neither(why) => nobody(why),
+            Shown::FailsUnlessRoot(_) if privileged() => nobody("root passes every mode bit"),
+            Shown::FailsIfRoot(_) if !privileged() => nobody("nobody but root makes a file immutable"),
+            Shown::Unguarded(call, harm) => by_library(call, harm),
+            by_git => {
+                let w = planted();
+                let met = met_by_git(by_git, &w);
+                remove(&w);
+                met.map(|how| (Bites::Git, format!("git {how}")))
+            }
+        }
+    }
+}
+
+/// Removes what was only there to show something.
+fn remove(w: &Where) {
+    blocking::thaw(&w.project);
+    let _ = fs::remove_dir_all(&w.project);
+    let _ = fs::remove_dir_all(&w.outside);
+}
+
+/// What plain git does in an altered copy; why it does no harm where that is so.
+fn met_by_git(shown: Shown, w: &Where) -> Result<&'static str, String> {
+    let before = snapshot(&w.outside);
+    let prepared = |line: &str| {
+        let mut git = command(&w.project);
+        git.args(line.replace("^1", &w.first).replace("^2", &w.second).split(' '));
+        git
     };
-    plant(&w);
-    let before = snapshot(&outside);
-    let run = |line: &str| {
-        let mut git = command(&twin);
-        git.args(line.replace("^1", commits.0).split(' '));
-        bounded(git, Duration::from_millis(500))
-    };
-    let hangs_or_fails = |line: &str| match run(line) {
-        None => Ok("hangs"),
-        Some(output) if !output.status.success() => Ok("fails"),
-        Some(_) => Err(format!("git {line} succeeds")),
-    };
-    let result = match shown {
+    let run = |line: &str| bounded(prepared(line), Duration::from_secs(10));
+    match shown {
         Shown::Changes(lines) => {
             let said: Vec<_> =
                 lines.iter().map(|line| run(line).map(|output| crate::scene::text(&output.stderr))).collect();
-            if snapshot(&outside) == before { Err(format!("{said:?}")) } else { Ok("changes what is outside") }
+            if snapshot(&w.outside) == before { Err(format!("{said:?}")) } else { Ok("changes what is outside") }
         }
         Shown::Reads => {
-            let secret = git(&outside.join("victim"), &["rev-parse", "HEAD:secret"]);
+            let secret = git(&w.outside.join("victim"), &["rev-parse", "HEAD:secret"]);
             match run(&format!("cat-file -e {secret}")) {
                 Some(output) if output.status.success() => Ok("reads what is outside"),
                 _ => Err("it cannot be read".to_owned()),
             }
         }
+        Shown::Obeys(line, told) => {
+            let output = prepared(line).output().unwrap();
+            let said = crate::scene::text(&output.stdout);
+            if said.contains(told) { Ok("obeys what is outside") } else { Err(format!("git {line} says {said:?}")) }
+        }
         Shown::Runs(line) => {
             run(line);
-            if mark.exists() { Ok("runs the program") } else { Err("it does not run".to_owned()) }
+            if w.mark.exists() { Ok("runs the program") } else { Err("it does not run".to_owned()) }
         }
-        Shown::Fails(line) => hangs_or_fails(line),
-        Shown::FailsUnlessRoot(line) if !privileged() => hangs_or_fails(line),
-        Shown::FailsUnlessRoot(_) | Shown::Withstood => Ok("withstands it"),
-    };
-    blocking::thaw(&twin);
-    let _ = fs::remove_dir_all(&twin);
-    result
+        Shown::Fails(line) | Shown::FailsUnlessRoot(line) | Shown::FailsIfRoot(line) => {
+            match bounded(prepared(line), Duration::from_millis(500)) {
+                None => Ok("hangs"),
+                Some(output) if !output.status.success() => Ok("fails"),
+                Some(_) => Err(format!("git {line} succeeds")),
+            }
+        }
+        Shown::Unguarded(..) | Shown::Neither(_) => Err("not for git".to_owned()),
+    }
 }

@@ -9,10 +9,7 @@ use std::{
     collections::BTreeSet,
     ffi::OsStr,
     io::{self, Read},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
+    os::{fd::OwnedFd, unix::ffi::OsStrExt},
     time::{Duration, SystemTime},
 };
 
@@ -29,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Order, Request,
+    Order, done,
     make::{damaged, write_fault},
     open::fault,
     plan::{self, Change, Found, Side},
@@ -40,7 +37,7 @@ use crate::{
     failure::{ErrorClass, Failure},
     git::{
         Run,
-        child::{Children, Reporter, Role},
+        child::{Children, Reporter},
         module::Place,
         pointer::{self, Pointer},
         projects::Dir,
@@ -97,8 +94,7 @@ pub(crate) async fn collect(
     order: Pointers,
     run: &Run<'_>,
 ) -> Result<Collected, Failure> {
-    let request = Request { directory: directory.as_raw_fd(), order: Order::Collect(order) };
-    children.run(Role::Workspace, &request, vec![directory], run).await
+    done(children, directory, Order::Collect(order), run).await
 }
 
 /// Puts LFS files into their places.
@@ -111,8 +107,7 @@ pub(crate) async fn smudge(
     order: Smudge,
     run: &Run<'_>,
 ) -> Result<(), Failure> {
-    let request = Request { directory: directory.as_raw_fd(), order: Order::Smudge(order) };
-    children.run(Role::Workspace, &request, vec![directory], run).await
+    done(children, directory, Order::Smudge(order), run).await
 }
 
 pub(super) fn run_collect(directory: &Dir, order: &Pointers, reporter: &Reporter) -> Result<Collected, Failure> {

@@ -16,7 +16,7 @@ use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Order, Request,
+    Order, done,
     make::{self, damaged},
     skeleton,
     walk::{self, Budget, Size},
@@ -25,7 +25,7 @@ use crate::{
     failure::{ErrorClass, Failure},
     git::{
         Run,
-        child::{Children, Reporter, Role},
+        child::{Children, Reporter},
         mirror::Listing,
         module::{self, Module, Place},
         projects::{Dir, Follows},
@@ -82,8 +82,7 @@ pub(crate) async fn survey(
     order: Survey,
     run: &Run<'_>,
 ) -> Result<Surveyed, Failure> {
-    let request = Request { directory: directory.as_raw_fd(), order: Order::Survey(order) };
-    judged(children.run(Role::Workspace, &request, vec![directory], run).await?)
+    judged(done(children, directory, Order::Survey(order), run).await?)
 }
 
 /// Makes a submodule and lists its own.
@@ -96,8 +95,7 @@ pub(crate) async fn add(
     order: Add,
     run: &Run<'_>,
 ) -> Result<Surveyed, Failure> {
-    let request = Request { directory: directory.as_raw_fd(), order: Order::Add(order) };
-    judged(children.run(Role::Workspace, &request, vec![directory], run).await?)
+    judged(done(children, directory, Order::Add(order), run).await?)
 }
 
 /// What a child says is judged again: the agent makes directories of it.

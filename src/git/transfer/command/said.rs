@@ -163,6 +163,14 @@ pub(super) fn judge(host: &str, authorised: bool, doing: &str, words: &str) -> F
     if let Some(failure) = status.and_then(|status| status::failure(host, status, authorised, None, redirected)) {
         return failure;
     }
+    // Older and newer words of the same library.
+    let by_proxy = ["CONNECT tunnel failed, response ", "Received HTTP code "];
+    if let Some(status) = by_proxy.iter().find_map(|before| number_after(words, before)) {
+        if status == 403 {
+            return failure(ErrorClass::Forbidden, "the proxy does not connect to it");
+        }
+        return failure(ErrorClass::Network, "the connection failed").unreachable();
+    }
     if has(&["Permission denied (", "Too many authentication failures", "Load key"]) {
         return failure(ErrorClass::Auth, "it refused the key");
     }
@@ -200,6 +208,9 @@ pub(super) fn judge(host: &str, authorised: bool, doing: &str, words: &str) -> F
     };
     let mut failure = failure(class, what);
     failure.message = format!("git could not {doing} {}", failure.message);
+    // There was nobody to talk to, whom it is no use to ask again soon.
+    let absent = ["Failed to connect to ", "Could not resolve ", "ssh: connect to host ", "ssh: Could not resolve "];
+    failure.unreachable = class == ErrorClass::Network && !refused && has(&absent);
     failure
 }
 
@@ -256,9 +267,29 @@ mod tests {
             ("fatal: early EOF\nfatal: fetch-pack: invalid index-pack output".to_owned(), ErrorClass::Network),
             ("fatal: pack is corrupted (SHA1 mismatch)".to_owned(), ErrorClass::Corrupt),
             ("fatal: remote error: upload-pack: not our ref 1; corrupt".to_owned(), ErrorClass::Network),
+            ("fatal: unable to access 'u': CONNECT tunnel failed, response 403".to_owned(), ErrorClass::Forbidden),
             (String::new(), ErrorClass::Network),
         ] {
             assert_eq!(judge("h", true, "do", &words).class, class, "{words}");
+        }
+    }
+
+    #[test]
+    fn a_host_that_is_not_there_is_told_from_one_that_answers_badly() {
+        for (words, unreachable) in [
+            ("fatal: unable to access 'u': Failed to connect to h port 1 after 0 ms: Couldn't connect to server", true),
+            ("fatal: unable to access 'u': Could not resolve host: h", true),
+            ("fatal: unable to access 'u': CONNECT tunnel failed, response 502", true),
+            ("fatal: unable to access 'u': Received HTTP code 407 from proxy after CONNECT", true),
+            ("ssh: connect to host h port 22: Connection refused\nfatal: Could not read from remote repository.", true),
+            ("fatal: unable to access 'u': The requested URL returned error: 503", true),
+            ("fatal: unable to access 'u': The requested URL returned error: 500", false),
+            ("fatal: unable to access 'u': SSL certificate problem", false),
+            ("fatal: remote error: Failed to connect to the database", false),
+            ("fatal: early EOF", false),
+        ] {
+            let failure = judge("h", true, "do", words);
+            assert_eq!((failure.class, failure.unreachable), (ErrorClass::Network, unreachable), "{words}");
         }
     }
 }
