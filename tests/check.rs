@@ -103,6 +103,7 @@ fn run_and_judge(options: &Options) -> bool {
     let directory = options.keep.clone().unwrap_or_else(|| {
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("check-{}-{}", options.seed, std::process::id()))
     });
+    log_to(&directory.join("checker.log"));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let broker = BrokerNode::start();
     let mut good = true;
@@ -133,6 +134,15 @@ fn run_and_judge(options: &Options) -> bool {
         println!("seed {}: {verdict} in {place}; judge it again with scripts/check --judge {place}", options.seed);
     }
     good
+}
+
+/// What the checker's own side of the broker meets: it is a client of Haul's library like any other.
+fn log_to(path: &Path) {
+    std::fs::create_dir_all(path.parent().unwrap()).expect("the directory can be made");
+    let file = std::fs::File::create(path).expect("the log can be written");
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HAUL_CHECK_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,haul::broker=debug,lapin=off"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(file).init();
 }
 
 const fn name(work: Work) -> &'static str {

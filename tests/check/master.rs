@@ -198,7 +198,10 @@ impl Master {
             tries += 1;
             match self.broker.publish(outgoing.clone()).await {
                 Ok(()) => break,
-                Err(_) => tokio::time::sleep(BEFORE_TRY).await,
+                Err(error) => {
+                    tracing::debug!(task.id = key.0, error = %error, "not taken");
+                    tokio::time::sleep(BEFORE_TRY).await;
+                }
             }
         }
         let mut expected = self.expected.lock().unwrap();

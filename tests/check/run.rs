@@ -11,7 +11,7 @@ use std::{
 };
 
 use haul::{
-    broker::{Broker as _, Names, topology::RETRY_DELAYS},
+    broker::{Broker as _, Consume, Names, Topology, topology::RETRY_DELAYS},
     dead::{DeadLetters, Letter, Selection},
     protocol::NodeName,
 };
@@ -45,6 +45,8 @@ const AHEAD: usize = 2;
 const STUCK: Duration = Duration::from_secs(150);
 /// Queues are empty for so many looks in a row before everything is taken for quiet.
 const QUIET: usize = 3;
+/// A queue that delivers nothing for so long is read to its end.
+const LAST_DELIVERY: Duration = Duration::from_secs(1);
 const GLANCE: Duration = Duration::from_millis(250);
 
 /// Runs one kind of work, its history in `directory`.
@@ -87,6 +89,14 @@ pub(crate) async fn run(options: &Options, work: Work, broker: &BrokerNode, dire
     }
     let master = world.master.clone();
     around.spawn(async move { master.reconcile().await });
+    let ready = async {
+        for queue in queues(&world).into_iter().take(options.nodes) {
+            while !matches!(world.master.broker.depth(&queue).await, Ok(Some(depth)) if depth.consumers > 0) {
+                tokio::time::sleep(GLANCE).await;
+            }
+        }
+    };
+    tokio::time::timeout(STUCK, ready).await.map_err(|_| "the agents did not become ready".to_owned())?;
     disturb_and_publish(&world, load, plan, upstreams.as_ref()).await;
     let drained = drain(&world).await;
     around.shutdown().await;
@@ -247,14 +257,28 @@ async fn write_down_the_end(world: &World, work: Work) -> Result<(), String> {
         history.add(&Record::Letter { task, round: letter.round, class: letter.class });
     }
     for queue in queues(world) {
-        let mut browse = broker.browse(&queue).await.map_err(|error| error.to_string())?;
-        while let Some(delivery) = browse.next().await.map_err(|error| error.to_string())? {
-            let letter = Letter::read(&delivery.message, 1);
-            let task = letter.task_id.unwrap_or_default();
-            history.add(&Record::Left { queue: queue.clone(), task, round: letter.round });
-            delivery.abandon();
+        for (task, round) in left_in(world, &queue).await? {
+            history.add(&Record::Left { queue: queue.clone(), task, round });
         }
-        browse.give_back().await.map_err(|error| error.to_string())?;
     }
     Ok(())
+}
+
+/// The tasks that lie in a queue. A queue with a single active consumer cannot be read otherwise than by consuming it.
+async fn left_in(world: &World, queue: &str) -> Result<Vec<(String, u32)>, String> {
+    let broker = &world.master.broker;
+    let depth = broker.depth(queue).await.map_err(|error| error.to_string())?;
+    if depth.is_none_or(|depth| depth.messages == 0) {
+        return Ok(Vec::new());
+    }
+    let consume =
+        Consume { queue: queue.to_owned(), tag: "check-end".to_owned(), prefetch: 5000, declare: Topology::default() };
+    let mut consumer = broker.consume(consume).await.map_err(|error| error.to_string())?;
+    let mut left = Vec::new();
+    while let Ok(Some(delivery)) = tokio::time::timeout(LAST_DELIVERY, consumer.next()).await {
+        let letter = Letter::read(&delivery.message, 1);
+        left.push((letter.task_id.unwrap_or_default(), letter.round));
+        delivery.abandon();
+    }
+    Ok(left)
 }

@@ -49,6 +49,7 @@ pub(crate) fn ledger(seed: u64, count: usize, nodes: usize) -> Workload {
     let mut chance = Chance::new(seed, "workload");
     let projects = (count / TASKS_A_PROJECT).max(2 * nodes);
     let mut made = vec![0_u64; projects];
+    let mut there = vec![false; projects];
     let tasks = (0..count).map(|number| {
         let project = if chance.below(HOT) == 0 { 0 } else { chance.below(projects) };
         let order = made[project];
@@ -56,12 +57,13 @@ pub(crate) fn ledger(seed: u64, count: usize, nodes: usize) -> Workload {
         // One project in five leaves the order to the order of arrival.
         let generation = (project % 5 != 4).then_some(order + 1);
         let kind = match chance.below(100) {
-            _ if order == 0 => Kind::Clone,
+            _ if !there[project] => Kind::Clone,
             0..15 => Kind::Clone,
             15..75 => Kind::Pull,
             75..85 => Kind::Delete,
             _ => Kind::Status,
         };
+        there[project] = kind != Kind::Delete;
         let behaviour = match chance.below(1000) {
             0..60 => Behaviour::Slow(u32::try_from(chance.between(20, 400)).unwrap_or(20)),
             60..110 => Behaviour::Retries(1 + u32::try_from(chance.below(MOST_RETRIES as usize)).unwrap_or(0)),
@@ -82,17 +84,19 @@ pub(crate) fn git(seed: u64, count: usize, nodes: usize, upstreams: &[String]) -
     let mut chance = Chance::new(seed, "git workload");
     let projects = upstreams.len() * nodes;
     let mut made = vec![0_u64; projects];
+    let mut there = vec![false; projects];
     let tasks = (0..count).map(|number| {
         let project = chance.below(projects);
         let order = made[project];
         made[project] += 1;
         let kind = match chance.below(100) {
-            _ if order == 0 => Kind::Clone,
+            _ if !there[project] => Kind::Clone,
             0..20 => Kind::Clone,
             20..70 => Kind::Pull,
             70..85 => Kind::Delete,
             _ => Kind::Status,
         };
+        there[project] = kind != Kind::Delete;
         let mut task = planned(&mut chance, number, project, project % nodes, kind, Behaviour::Git, Some(order + 1));
         if kind == Kind::Clone {
             task.body["git_url"] = upstreams[project / nodes].clone().into();
