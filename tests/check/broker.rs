@@ -49,6 +49,21 @@ impl BrokerNode {
         self.on(|rabbit| rabbit.ctl(arguments)).await
     }
 
+    /// What the management API says.
+    pub(crate) async fn get(&self, path: String) -> Result<String, String> {
+        let asked = self.on(move |rabbit| {
+            ureq::get(format!("{}/api/{path}", rabbit.management_url))
+                .header("authorization", AUTHORIZATION)
+                .config()
+                .timeout_global(Some(ANSWER))
+                .build()
+                .call()?
+                .body_mut()
+                .read_to_string()
+        });
+        asked.await?.map_err(|error: ureq::Error| error.to_string())
+    }
+
     /// Deletes something by the management API; no error where it is not there.
     pub(crate) async fn delete(&self, path: String) -> Result<(), String> {
         self.call(move |base| {

@@ -42,7 +42,7 @@ const A_FAULT: Duration = Duration::from_millis(2200);
 /// Publishing may be so many faults ahead.
 const AHEAD: usize = 2;
 /// The slowest wait that anything may rest in between two signs of life; beyond it what is missing is stuck.
-const STUCK: Duration = Duration::from_secs(150);
+const STUCK: Duration = Duration::from_secs(90);
 /// Queues are empty for so many looks in a row before everything is taken for quiet.
 const QUIET: usize = 3;
 /// A queue that delivers nothing for so long is read to its end.
@@ -99,6 +99,11 @@ pub(crate) async fn run(options: &Options, work: Work, broker: &BrokerNode, dire
     tokio::time::timeout(STUCK, ready).await.map_err(|_| "the agents did not become ready".to_owned())?;
     disturb_and_publish(&world, load, plan, upstreams.as_ref()).await;
     let drained = drain(&world).await;
+    if !drained {
+        // Before the agents end: who held what.
+        let seen = broker.get("queues".to_owned()).await.unwrap_or_else(|refusal| refusal);
+        let _ = std::fs::write(directory.join("queues.json"), seen);
+    }
     around.shutdown().await;
     for member in &world.members {
         member.stop().await;
