@@ -41,8 +41,11 @@ use crate::{
     broker::{Broker, Delivery, StaleDelivery},
     execute::Execute,
     failure::{ErrorClass, Failure},
-    journal::{Admission, Entry, Key},
-    protocol::{Origin, Outcome, wire::Undecodable},
+    journal::{Admission, Entry},
+    protocol::{
+        Origin, Outcome,
+        wire::{CopyHeaders, Undecodable},
+    },
     store::{Journal, JournalError},
 };
 use active::{Active, Entered};
@@ -148,6 +151,15 @@ enum Interrupted {
     Broken,
 }
 
+/// How a message's path was gone to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Through {
+    /// Its task has ended, or goes on in a copy that the broker has.
+    Ended,
+    /// A copy with a higher attempt was let go before it came.
+    Overtaken,
+}
+
 impl From<JournalError> for Interrupted {
     fn from(error: JournalError) -> Self {
         match error {
@@ -219,14 +231,14 @@ impl Worker {
         }
         // A panic on the way is a fault of ours; the task must neither be lost nor block the window with its deliveries.
         match AssertUnwindSafe(self.conclude(&arrival)).catch_unwind().await {
-            Ok(Ok(())) => self.acknowledge(&arrival.key).await,
+            Ok(Ok(through)) => self.acknowledge(&arrival, through).await,
             Ok(Err(Interrupted::Broken)) | Err(_) => self.after_panic(&arrival).await,
             Ok(Err(interrupted)) => self.give_back(&arrival, interrupted).await,
         }
     }
 
     /// Steps 3 to 8: everything between knowing a task and owing nothing for it.
-    async fn conclude(self: &Arc<Self>, arrival: &Arrival) -> Result<(), Interrupted> {
+    async fn conclude(self: &Arc<Self>, arrival: &Arrival) -> Result<Through, Interrupted> {
         let mut turn: Option<Turn> = None;
         arrival.line.turn().await;
         let ending = match self.admit(arrival).await? {
@@ -238,17 +250,17 @@ impl Worker {
             Ending::Over { ticket, outcome } => {
                 let owed = self.settle(arrival, ticket, outcome).await?;
                 drop(turn);
-                self.pay(&arrival.key, owed).await
+                self.pay(&arrival.key, owed).await?;
             }
             Ending::Again(again) => {
                 self.release(arrival, again).await?;
                 drop(turn);
-                Ok(())
             }
-            Ending::Answered(entry) => self.answer(&arrival.key, *entry).await,
-            Ending::Mismatch => self.dead_letter_mismatch(arrival).await,
-            Ending::Done => Ok(()),
+            Ending::Answered(entry) => self.answer(&arrival.key, *entry).await?,
+            Ending::Mismatch => self.dead_letter_mismatch(arrival).await?,
+            Ending::Done => return Ok(Through::Overtaken),
         }
+        Ok(Through::Ended)
     }
 
     /// Step 3: asks the journal what this delivery is.
@@ -288,10 +300,16 @@ impl Worker {
     }
 
     /// Step 9: everything that belongs to the task is acknowledged; a delivery whose channel is gone comes again and is
-    /// answered from the journal.
-    async fn acknowledge(&self, key: &Key) {
+    /// answered from the journal. The copy that overtook a delivery may have joined it, and goes back to be looked at.
+    async fn acknowledge(&self, arrival: &Arrival, through: Through) {
+        let key = &arrival.key;
         for delivery in self.active.leave(key) {
-            if !settled(delivery.ack()).await {
+            let attempt = CopyHeaders::read(&delivery.message.headers).attempt;
+            let done = match through {
+                Through::Overtaken if attempt > arrival.headers.attempt => settled(delivery.requeue()).await,
+                Through::Ended | Through::Overtaken => settled(delivery.ack()).await,
+            };
+            if !done {
                 tracing::debug!(task.id = %key.task_id, "the delivery's channel is gone; it comes again");
             }
         }

@@ -155,6 +155,26 @@ async fn a_retry_after_a_console_move_goes_to_this_node_by_its_own_name() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_retry_copy_that_comes_right_behind_the_delivery_it_replaced_is_not_settled_with_it() {
+    let mut pipeline = Pipeline::start().await;
+    pipeline.script("t", [Script::Fail(ErrorClass::Network)]);
+    pipeline.publish(&clone_task("t", 1)).await;
+    pipeline.saw("t", Status::Retrying).await;
+    pipeline.reached(Step::Acked).await;
+    // As after an outage: a delivery whose ack was lost, and behind it the copy, whose time is over.
+    pipeline.stop_now().await;
+    pipeline.publish(&clone_task("t", 1)).await;
+    let both = async {
+        while pipeline.depth("haul.node.n1") < 2 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_mins(1), both).await.unwrap();
+    pipeline.restart().await;
+    assert_eq!(pipeline.ends("t", Status::Succeeded).await.attempt, 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_task_of_another_node_is_forwarded_or_dead_lettered_where_that_node_is_gone() {
     let pipeline = Pipeline::start().await;
     pipeline.declare_node("n2").await;

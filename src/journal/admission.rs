@@ -9,6 +9,9 @@ use crate::protocol::{Kind, Place, ProjectId, Round};
 
 /// A clone whose copy is overdue by this much is taken for lost: nobody waits for it any longer.
 const OVERDUE: Duration = Duration::from_hours(1);
+/// A copy that is overdue by this much no longer stands for its task: a queue may have been deleted with it in it. If it
+/// comes after all, it finds the task running or settled.
+const COPY_OVERDUE: Duration = Duration::from_mins(1);
 
 /// A delivered task, as the journal sees it.
 #[derive(Clone, Debug, PartialEq)]
@@ -101,7 +104,8 @@ impl Page {
         let overtaken = self.highest().is_some_and(|highest| highest > sighting.round);
         let cancelled = sighting.round == 0 && std::mem::take(&mut self.cancel_pending);
         let entry = self.sighted(sighting);
-        let ticket = Ticket { place: entry.place, attempt: sighting.attempt.max(entry.attempt).max(1) };
+        let attempt = sighting.attempt.max(entry.attempt).max(entry.released).max(1);
+        let ticket = Ticket { place: entry.place, attempt };
         entry.cancelled |= cancelled;
         let admission = if entry.cancelled {
             Admission::Cancelled(ticket)
@@ -144,7 +148,7 @@ impl Entry {
 
     /// What an open, wanted task's delivery is.
     fn judge(&mut self, ticket: Ticket, sighting: &Sighting, clones: &[WaitingClone]) -> Admission {
-        if sighting.attempt < self.released {
+        if sighting.attempt < self.released && !self.copy_is_lost(sighting.now) {
             return Admission::Released;
         }
         match &self.phase {
@@ -177,6 +181,15 @@ impl Entry {
             return Admission::Behind(ticket);
         }
         Admission::Fresh(ticket)
+    }
+}
+
+impl Entry {
+    /// Whether the copy that was let go should have come back long ago.
+    fn copy_is_lost(&self, now: Timestamp) -> bool {
+        let Phase::Released { until } = self.phase else { return false };
+        let patience = SignedDuration::try_from(COPY_OVERDUE).unwrap_or(SignedDuration::MAX);
+        until.saturating_add(patience).is_ok_and(|limit| limit < now)
     }
 }
 
@@ -300,6 +313,22 @@ mod tests {
         assert_eq!(admit(&mut page, &sighting()), Admission::Released);
         let copy = Sighting { attempt: 2, ..sighting() };
         assert!(matches!(admit(&mut page, &copy), Admission::Fresh(Ticket { attempt: 2, .. })));
+    }
+
+    #[test]
+    fn a_task_that_comes_again_is_run_where_its_released_copy_is_long_overdue() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        page.begin(0, 1, "b1");
+        page.release(0, 2, at(5));
+        let again = |seconds| Sighting { now: at(seconds), ..sighting() };
+        assert_eq!(admit(&mut page, &again(60)), Admission::Released);
+        let admission = admit(&mut page, &again(66));
+        assert!(matches!(admission, Admission::Fresh(Ticket { attempt: 2, .. })), "{admission:?}");
+        page.begin(0, 2, "b1");
+        page.release(0, 3, at(70));
+        let late = Sighting { attempt: 2, ..again(71) };
+        assert_eq!(admit(&mut page, &late), Admission::Released, "the copy came after all");
     }
 
     #[test]

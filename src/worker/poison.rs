@@ -10,7 +10,7 @@ use futures_util::FutureExt as _;
 use jiff::Timestamp;
 
 use super::{
-    Interrupted, Worker,
+    Interrupted, Through, Worker,
     arrival::{self, Arrival},
     step::Step,
 };
@@ -138,11 +138,11 @@ impl Worker {
             self.pay(&arrival.key, owed).await
         });
         match ended.catch_unwind().await {
-            Ok(Ok(())) => self.acknowledge(&arrival.key).await,
+            Ok(Ok(())) => self.acknowledge(arrival, Through::Ended).await,
             Ok(Err(interrupted)) => self.give_back(arrival, interrupted).await,
             // Not even its end can be told in the usual way.
             Err(_panic) => match self.bury(&arrival.message).await {
-                Ok(()) => self.acknowledge(&arrival.key).await,
+                Ok(()) => self.acknowledge(arrival, Through::Ended).await,
                 Err(interrupted) => self.give_back(arrival, interrupted).await,
             },
         }

@@ -89,6 +89,12 @@ impl Proxy {
         link.to_client.send(cancel).unwrap();
     }
 
+    /// Whether a consumer of this queue was opened through a connection that was not reset since.
+    pub(crate) fn consumes(&self, queue: &str) -> bool {
+        let links = self.links.lock().unwrap();
+        links.iter().any(|link| link.consumers.lock().unwrap().iter().any(|consuming| consuming.queue == queue))
+    }
+
     /// The newest consumer of a queue.
     fn consuming(&self, queue: &str) -> (Arc<Link>, Consuming) {
         let links = self.links.lock().unwrap();

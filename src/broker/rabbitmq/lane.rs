@@ -32,6 +32,8 @@ use crate::broker::{Outgoing, PublishError};
 const WINDOW: usize = 512;
 /// A confirm that carried another's return waits this long for its own, which is in the same bytes from the broker.
 const GRACE: Duration = Duration::from_millis(50);
+/// For the broker's answer to a new channel.
+const OPENING: Duration = Duration::from_secs(10);
 
 /// A publish and who waits for it.
 pub(super) struct Request {
@@ -98,6 +100,9 @@ pub(super) struct Lane {
     flight: Vec<Sent>,
     window: usize,
     waits: Waits,
+    /// A queue was full. The broker may have told the channel once and for all: a quorum queue that is given room by a
+    /// policy, and not by a consumer, never takes that back.
+    refused: bool,
 }
 
 impl Lane {
@@ -111,6 +116,7 @@ impl Lane {
             flight: Vec::new(),
             window: WINDOW,
             waits: Waits::new(),
+            refused: false,
         }
     }
 
@@ -126,9 +132,14 @@ impl Lane {
             if self.channel.is_none() && !self.open().await {
                 return;
             }
-            self.send();
+            if !self.refused {
+                self.send();
+            }
             self.wait().await;
             self.judge();
+            if self.refused && self.flight.is_empty() {
+                (self.channel, self.refused) = (None, false);
+            }
         }
     }
 
@@ -141,17 +152,18 @@ impl Lane {
                 channel.confirm_select(lapin::options::ConfirmSelectOptions::default()).await?;
                 Ok::<_, lapin::Error>(channel)
             };
-            match opened.await {
-                Ok(channel) => {
+            match tokio::time::timeout(OPENING, opened).await {
+                Ok(Ok(channel)) => {
                     self.waits.reset();
                     self.channel = Some((channel, Arc::downgrade(&line)));
                     return true;
                 }
-                Err(error) => {
-                    tracing::debug!(error = words(&error), "no channel to publish on yet");
-                    tokio::time::sleep(self.waits.next()).await;
-                }
+                Ok(Err(error)) => tracing::debug!(error = words(&error), "no channel to publish on yet"),
+                Err(_) => tracing::debug!("no answer to a channel to publish on"),
             }
+            // The line is not held while waiting: the pool makes no other.
+            drop(line);
+            tokio::time::sleep(self.waits.next()).await;
         }
     }
 
@@ -230,6 +242,7 @@ impl Lane {
                     sent.request.answer(Err(PublishError::Unroutable { exchange, routing_key }));
                 }
                 Some(Outcome::Nacked) => {
+                    self.refused = true;
                     let exchange = exchange.clone();
                     sent.request.answer(Err(PublishError::Refused { exchange }));
                 }
@@ -272,12 +285,17 @@ impl Lane {
         }
     }
 
-    /// Gives up a channel half of whose window is taken by confirms that nobody waits for any more.
+    /// Gives up a channel whose connection is gone, since a publish that was made in its last moment may never hear of
+    /// that; and one half of whose window is taken by confirms that nobody waits for any more.
     fn shed(&mut self) {
-        let Some(line) = self.channel.as_ref().and_then(|(_, line)| line.upgrade()) else { return };
+        let Some((_, line)) = &self.channel else { return };
+        let line = line.upgrade().filter(|line| line.connected());
         let abandoned = self.flight.iter().filter(|sent| sent.request.abandoned()).count();
-        if abandoned > 0 && abandoned * 2 >= self.window && !line.blocked() {
-            tracing::warn!(publishes = abandoned, "the broker confirms nothing; opening another channel");
+        let unconfirmed = abandoned > 0 && abandoned * 2 >= self.window;
+        if line.as_ref().is_none_or(|line| unconfirmed && !line.blocked()) {
+            if line.is_some() {
+                tracing::warn!(publishes = abandoned, "the broker confirms nothing; opening another channel");
+            }
             self.channel = None;
             for sent in self.flight.drain(..).rev() {
                 self.backlog.push_front(sent.request);

@@ -1,13 +1,6 @@
 //! A consumer that outlives its sessions: after any fault a new channel and a new tag, and no ack of an old one.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
@@ -20,6 +13,7 @@ use lapin::{
     types::{FieldTable, ShortString},
 };
 use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     convert, declare,
@@ -36,18 +30,18 @@ const GLANCE: Duration = Duration::from_secs(1);
 
 /// Keeps a channel open while deliveries of it are in hand, and knows when they can no longer be settled.
 pub(super) struct Hold {
-    alive: AtomicBool,
+    ended: CancellationToken,
     _channel: Channel,
 }
 
 impl Hold {
     pub(super) fn new(channel: Channel) -> Arc<Self> {
-        Arc::new(Self { alive: AtomicBool::new(true), _channel: channel })
+        Arc::new(Self { ended: CancellationToken::new(), _channel: channel })
     }
 
     /// From now on nothing is sent for its deliveries.
     pub(super) fn end(&self) {
-        self.alive.store(false, Ordering::SeqCst);
+        self.ended.cancel();
     }
 }
 
@@ -77,10 +71,19 @@ impl Settle for Tag {
         if self.is_stale() {
             return Err(StaleDelivery);
         }
-        let settled = match settlement {
-            Settlement::Ack => self.acker.ack(BasicAckOptions::default()).await,
-            Settlement::Requeue => self.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await,
-            Settlement::Reject => self.acker.reject(BasicRejectOptions { requeue: false }).await,
+        let settling = async {
+            match settlement {
+                Settlement::Ack => self.acker.ack(BasicAckOptions::default()).await,
+                Settlement::Requeue => self.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await,
+                Settlement::Reject => self.acker.reject(BasicRejectOptions { requeue: false }).await,
+            }
+        };
+        // What is asked of a connection in the moment in which it ends may never be answered.
+        let settled = tokio::select! {
+            biased;
+            settled = settling => settled,
+            () = self.hold.ended.cancelled() => return Err(StaleDelivery),
+            () = tokio::time::sleep(STEP_TIMEOUT) => return Err(StaleDelivery),
         };
         match settled {
             Ok(true) => Ok(()),
@@ -89,7 +92,7 @@ impl Settle for Tag {
     }
 
     fn is_stale(&self) -> bool {
-        !self.hold.alive.load(Ordering::SeqCst) || self.acker.poisoned()
+        self.hold.ended.is_cancelled() || self.acker.poisoned()
     }
 }
 
