@@ -3,6 +3,7 @@
 //! Every step loads one task's [`Page`], lets a pure function decide and note, and is answered only after the commit
 //! that made it durable. Steps that arrive while a commit is under way share the next one.
 
+mod cache;
 pub mod memory;
 pub mod sqlite;
 
@@ -61,6 +62,14 @@ pub trait Rows: Send + 'static {
     async fn replenish(&mut self) -> Result<(), JournalError>;
     /// The entries of a task.
     async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError>;
+    /// The entries of several tasks, each task's rounds ascending; in one question where the backend can.
+    async fn entries_of(&mut self, tasks: &[TaskId]) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        let mut found = Vec::new();
+        for task in tasks {
+            found.extend(self.entries(task).await?.into_iter().map(|entry| (task.clone(), entry)));
+        }
+        Ok(found)
+    }
     /// Every entry that owes something.
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError>;
     /// Every clone that waits for a retry.
@@ -189,8 +198,10 @@ impl Journal {
 /// What the writer keeps in memory: the little that every step may need.
 #[derive(Default)]
 struct State {
-    /// Pages with an open entry or a debt, and those of the batch at hand; the others are read when they are asked for.
+    /// Pages of tasks in hand, and those of the batch at hand; the others are read when they are asked for.
     live: HashMap<TaskId, Page>,
+    /// Tasks of the batch at hand.
+    touched: Vec<TaskId>,
     clones: HashMap<Key, (ProjectId, WaitingClone)>,
     cancels: BTreeSet<TaskId>,
     last_arrival: i64,
@@ -226,14 +237,6 @@ impl State {
         }
     }
 
-    async fn page(&mut self, rows: &mut impl Rows, task: &TaskId) -> Result<Page, JournalError> {
-        if let Some(page) = self.live.remove(task) {
-            return Ok(page);
-        }
-        let entries = rows.entries(task).await?;
-        Ok(Page { entries, cancel_pending: self.cancels.contains(task) })
-    }
-
     /// Runs one step on its page; what it changed joins the batch.
     fn decide(
         &mut self,
@@ -263,13 +266,9 @@ impl State {
                 self.cancels.remove(&task)
             };
         }
-        self.live.insert(task, page);
+        self.live.insert(task.clone(), page);
+        self.touched.push(task);
         answer
-    }
-
-    /// Forgets pages that only the disk has to remember.
-    fn settle_down(&mut self) {
-        self.live.retain(|_, page| page.entries.iter().any(|entry| entry.is_open() || entry.owes()));
     }
 }
 
@@ -278,9 +277,11 @@ async fn write(mut rows: impl Rows, mut state: State, mut requests: mpsc::Receiv
     let mut arrived = Vec::new();
     while requests.recv_many(&mut arrived, LARGEST_BATCH).await > 0 {
         let arrival_before = state.last_arrival;
+        let absent = state.absent(&arrived);
+        let fetched = state.fetch(&mut rows, absent).await;
         let (mut batch, mut answers) = (Vec::new(), Vec::<Answer>::new());
         for request in arrived.drain(..) {
-            answers.extend(take(&mut rows, &mut state, request, &mut batch).await);
+            answers.extend(take(&mut rows, &mut state, request, &fetched, &mut batch).await);
         }
         if state.last_arrival != arrival_before {
             batch.push(Write::Note(LAST_ARRIVAL.to_owned(), Some(state.last_arrival.to_string())));
@@ -315,14 +316,23 @@ async fn write_or_relieve(rows: &mut impl Rows, batch: &[Write]) -> Result<(), J
 }
 
 /// Takes one request: what only reads is answered at once, what writes is answered after the batch.
-async fn take(rows: &mut impl Rows, state: &mut State, request: Request, batch: &mut Vec<Write>) -> Option<Answer> {
+///
+/// `fetched`: what came of reading the pages of this batch.
+async fn take(
+    rows: &mut impl Rows,
+    state: &mut State,
+    request: Request,
+    fetched: &Result<(), JournalError>,
+    batch: &mut Vec<Write>,
+) -> Option<Answer> {
     // Whoever asked may be gone; then nobody waits for the answer.
     match request {
-        Request::Step { task, now, decide } => match state.page(rows, &task).await {
-            Ok(page) => Some(state.decide(page, task, now, decide, batch)),
-            Err(error) => {
+        Request::Step { task, now, decide } => match (state.live.remove(&task), fetched) {
+            (Some(page), _) => Some(state.decide(page, task, now, decide, batch)),
+            (None, fetched) => {
                 // It decides on a blank page, so that it can be told; nothing of that is kept.
                 let blank = Step { page: &mut Page::default(), clones: &|_| Vec::new(), next_arrival: 0 };
+                let error = fetched.clone().err().unwrap_or(JournalError::Closed);
                 decide(blank)(Err(error));
                 None
             }

@@ -1,6 +1,9 @@
 //! Pages in SQLite, in WAL mode with a full sync at each commit.
 
+mod upsert;
+
 use std::{
+    collections::BTreeMap,
     fs::File,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
@@ -16,6 +19,7 @@ use sqlx::{
 
 use super::{JournalError, Rows, Write};
 use crate::{journal::Entry, protocol::TaskId};
+use upsert::{COLUMNS, LARGEST_STATEMENT, NOTES_AT_ONCE};
 
 /// The tables. An entry is one JSON text: only what is searched for has a column of its own.
 const SCHEMA: &str = "
@@ -73,47 +77,54 @@ impl SqliteRows {
         self.path.with_extension("reserve")
     }
 
+    /// One question for a batch of the usual kind: each costs a change of threads, which is dearer than a row.
     async fn write_all(&mut self, batch: &[Write]) -> Result<(), JournalError> {
+        let (entries, notes) = rows_of(batch);
+        if entries.len() <= LARGEST_STATEMENT && notes.len() <= NOTES_AT_ONCE {
+            return self.write_rows(&entries, &notes, true).await;
+        }
         self.run("written", "BEGIN IMMEDIATE").await?;
-        for write in batch {
-            match write {
-                Write::Entry(task, entry) => self.put(task, entry).await?,
-                Write::Note(name, value) => self.set_note(name, value.as_deref()).await?,
-            }
+        for entries in entries.chunks(LARGEST_STATEMENT) {
+            self.write_rows(entries, &[], false).await?;
+        }
+        for notes in notes.chunks(NOTES_AT_ONCE) {
+            self.write_rows(&[], notes, false).await?;
         }
         self.run("written", "COMMIT").await
     }
 
-    async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError> {
-        let body = serde_json::to_string(entry).expect("an entry serialises");
-        let done = sqlx::query(
-            "INSERT INTO entry (task, round, seen, owes, waiting_clone, body) VALUES (?, ?, ?, ?, ?, ?)
-             ON CONFLICT (task, round) DO UPDATE SET
-             seen = excluded.seen, owes = excluded.owes, waiting_clone = excluded.waiting_clone, body = excluded.body",
-        )
-        .bind(task.as_str())
-        .bind(i64::from(entry.round))
-        .bind(entry.seen.as_second())
-        .bind(entry.owes())
-        .bind(entry.waiting_clone().is_some())
-        .bind(body)
-        .execute(&mut self.connection)
-        .await;
-        done.map(drop).map_err(self.written())
-    }
-
-    async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
-        let done = match value {
-            Some(value) => sqlx::query(
-                "INSERT INTO note (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            )
-            .bind(name)
-            .bind(value)
-            .execute(&mut self.connection)
-            .await,
-            None => sqlx::query("DELETE FROM note WHERE name = ?").bind(name).execute(&mut self.connection).await,
-        };
-        done.map(drop).map_err(self.written())
+    /// Writes so many rows as one statement takes, as a transaction of their own where `whole`.
+    async fn write_rows(
+        &mut self,
+        entries: &[(&TaskId, &Entry)],
+        notes: &[(&str, Option<&str>)],
+        whole: bool,
+    ) -> Result<(), JournalError> {
+        let text = upsert::statement(entries.len(), !notes.is_empty(), whole);
+        let mut query = sqlx::query(text.sql.as_str());
+        for (task, entry) in entries {
+            query = query
+                .bind(task.as_str())
+                .bind(i64::from(entry.round))
+                .bind(entry.seen.as_second())
+                .bind(entry.owes())
+                .bind(entry.waiting_clone().is_some())
+                .bind(serde_json::to_string(entry).expect("an entry serialises"));
+        }
+        // What is not bound is null; it is bound all the same where something follows.
+        for _ in 0..(text.rows - entries.len()) * COLUMNS {
+            query = query.bind(None::<i64>);
+        }
+        if text.notes {
+            for at in 0..NOTES_AT_ONCE {
+                let (name, value) = notes.get(at).copied().unzip();
+                query = query.bind(name).bind(value.flatten());
+            }
+            for at in 0..NOTES_AT_ONCE {
+                query = query.bind(notes.get(at).filter(|(_, value)| value.is_none()).map(|(name, _)| *name));
+            }
+        }
+        query.execute(&mut self.connection).await.map(drop).map_err(self.written())
     }
 
     async fn run(&mut self, doing: &'static str, sql: &'static str) -> Result<(), JournalError> {
@@ -132,7 +143,7 @@ impl SqliteRows {
     }
 
     /// Entries with their tasks; a row that cannot be read (a later version's) is left out and logged.
-    fn entries_of(&self, rows: Vec<SqliteRow>) -> Vec<(TaskId, Entry)> {
+    fn entries_of_rows(&self, rows: Vec<SqliteRow>) -> Vec<(TaskId, Entry)> {
         let read = |row: SqliteRow| {
             let task = TaskId::new(row.get::<String, _>(0)).ok()?;
             match serde_json::from_str(row.get::<&str, _>(1)) {
@@ -145,6 +156,19 @@ impl SqliteRows {
         };
         rows.into_iter().filter_map(read).collect()
     }
+}
+
+/// A batch by its rows; of several writes to one note the last counts.
+fn rows_of(batch: &[Write]) -> (Vec<(&TaskId, &Entry)>, Vec<(&str, Option<&str>)>) {
+    let mut entries = Vec::with_capacity(batch.len());
+    let mut notes = BTreeMap::new();
+    for write in batch {
+        match write {
+            Write::Entry(task, entry) => entries.push((task, entry.as_ref())),
+            Write::Note(name, value) => drop(notes.insert(name.as_str(), value.as_deref())),
+        }
+    }
+    (entries, notes.into_iter().collect())
 }
 
 fn database(path: &Path, doing: &'static str, error: &sqlx::Error) -> JournalError {
@@ -188,7 +212,20 @@ impl Rows for SqliteRows {
             .fetch_all(&mut self.connection)
             .await
             .map_err(self.read())?;
-        Ok(self.entries_of(rows).into_iter().map(|(_, entry)| entry).collect())
+        Ok(self.entries_of_rows(rows).into_iter().map(|(_, entry)| entry).collect())
+    }
+
+    async fn entries_of(&mut self, tasks: &[TaskId]) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        // Their alphabet needs no escapes, but nobody has to rely on it.
+        let tasks = serde_json::to_string(tasks).expect("identities serialise");
+        let rows = sqlx::query(
+            "SELECT task, body FROM entry WHERE task IN (SELECT value FROM json_each(?)) ORDER BY task, round",
+        )
+        .bind(tasks)
+        .fetch_all(&mut self.connection)
+        .await
+        .map_err(self.read())?;
+        Ok(self.entries_of_rows(rows))
     }
 
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
@@ -196,7 +233,7 @@ impl Rows for SqliteRows {
             .fetch_all(&mut self.connection)
             .await
             .map_err(self.read())?;
-        Ok(self.entries_of(rows))
+        Ok(self.entries_of_rows(rows))
     }
 
     async fn waiting_clones(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
@@ -204,7 +241,7 @@ impl Rows for SqliteRows {
             .fetch_all(&mut self.connection)
             .await
             .map_err(self.read())?;
-        Ok(self.entries_of(rows))
+        Ok(self.entries_of_rows(rows))
     }
 
     async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
