@@ -1,27 +1,19 @@
 //! A consumer that outlives its sessions: after any fault a new channel and a new tag, and no ack of an old one.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
 use lapin::{
     Acker, Channel,
-    options::{
-        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions,
-    },
+    options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     protocol::AMQPSoftError,
     types::{FieldTable, ShortString},
 };
 use tokio::sync::{oneshot, watch};
 
 use super::{
+    acks::Hold,
     convert, declare,
     dial::{is_refusal, words},
     link::{Line, State},
@@ -34,25 +26,10 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a quiet session is looked at: a lost channel is noticed even if nothing said so.
 const GLANCE: Duration = Duration::from_secs(1);
 
-/// Keeps a channel open while deliveries of it are in hand, and knows when they can no longer be settled.
-pub(super) struct Hold {
-    alive: AtomicBool,
-    _channel: Channel,
-}
-
-impl Hold {
-    pub(super) fn new(channel: Channel) -> Arc<Self> {
-        Arc::new(Self { alive: AtomicBool::new(true), _channel: channel })
-    }
-
-    /// From now on nothing is sent for its deliveries.
-    pub(super) fn end(&self) {
-        self.alive.store(false, Ordering::SeqCst);
-    }
-}
-
 /// The right to settle one delivery of one session.
 pub(super) struct Tag {
+    number: u64,
+    /// Only asked whether its channel has ended: settling is its hold's.
     acker: Acker,
     hold: Arc<Hold>,
 }
@@ -60,7 +37,8 @@ pub(super) struct Tag {
 impl Tag {
     /// Wraps what lapin delivered.
     pub(super) fn deliver(arrived: lapin::message::Delivery, hold: &Arc<Hold>) -> Delivery {
-        let tag = Self { acker: arrived.acker, hold: Arc::clone(hold) };
+        let tag = Self { number: arrived.delivery_tag, acker: arrived.acker, hold: Arc::clone(hold) };
+        hold.delivered(tag.number);
         Delivery::new(
             convert::message(&arrived.properties, arrived.data),
             arrived.exchange.to_string(),
@@ -77,19 +55,11 @@ impl Settle for Tag {
         if self.is_stale() {
             return Err(StaleDelivery);
         }
-        let settled = match settlement {
-            Settlement::Ack => self.acker.ack(BasicAckOptions::default()).await,
-            Settlement::Requeue => self.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await,
-            Settlement::Reject => self.acker.reject(BasicRejectOptions { requeue: false }).await,
-        };
-        match settled {
-            Ok(true) => Ok(()),
-            Ok(false) | Err(_) => Err(StaleDelivery),
-        }
+        self.hold.settle(self.number, settlement).await
     }
 
     fn is_stale(&self) -> bool {
-        !self.hold.alive.load(Ordering::SeqCst) || self.acker.poisoned()
+        self.hold.has_ended() || self.acker.poisoned()
     }
 }
 
