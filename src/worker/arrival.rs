@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     journal::{Key, Sighting},
     protocol::{
-        NodeName, Place, Task,
+        Kind, NodeName, Place, Priority, ProjectId, Task,
         wire::{self, CopyHeaders, Identity, Message, Undecodable},
     },
 };
@@ -48,6 +48,11 @@ impl Arrival {
         self.headers.node.as_ref().filter(|owner| *owner != node)
     }
 
+    /// How it waits for its turn.
+    pub(super) fn waiting(&self) -> (ProjectId, Kind, Priority) {
+        (self.task.project, self.task.kind(), self.task.priority)
+    }
+
     /// What the journal needs to know of it; no copy is put off by more than `longest_wait`.
     pub(super) fn sighting(
         &self,
@@ -79,13 +84,9 @@ impl Arrival {
 
 /// SHA-256 of a message's body, hexadecimal.
 pub(super) fn digest(message: &Message) -> String {
-    use std::fmt::Write as _;
-    let mut text = String::with_capacity(64);
-    for byte in Sha256::digest(&message.body) {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let nibbles = Sha256::digest(&message.body).into_iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    nibbles.map(|nibble| char::from(DIGITS[usize::from(nibble)])).collect()
 }
 
 #[cfg(test)]
