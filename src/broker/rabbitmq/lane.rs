@@ -32,6 +32,8 @@ use crate::broker::{Outgoing, PublishError};
 
 /// Publishes in flight on one channel.
 const WINDOW: usize = 512;
+/// How often it is looked whether anybody still waits for what flies: nobody gives up sooner than in seconds.
+const SHED_INTERVAL: Duration = Duration::from_millis(250);
 /// A confirm that carried another's return waits this long for its own, which is in the same bytes from the broker.
 const GRACE: Duration = Duration::from_millis(50);
 
@@ -110,6 +112,8 @@ pub(super) struct Lane {
     next: Number,
     window: usize,
     waits: Waits,
+    /// When it was last looked whether anybody still waits for what flies.
+    shed_at: Instant,
 }
 
 impl Lane {
@@ -127,6 +131,7 @@ impl Lane {
             next: 0,
             window: WINDOW,
             waits: Waits::new(),
+            shed_at: Instant::now(),
         }
     }
 
@@ -319,6 +324,10 @@ impl Lane {
 
     /// Gives up a channel half of whose window is taken by confirms that nobody waits for any more.
     fn shed(&mut self) {
+        if self.shed_at.elapsed() < SHED_INTERVAL {
+            return;
+        }
+        self.shed_at = Instant::now();
         let Some(line) = self.channel.as_ref().and_then(|(_, line)| line.upgrade()) else { return };
         let abandoned = self.flight.values().filter(|sent| sent.request.abandoned()).count();
         if abandoned > 0 && abandoned * 2 >= self.window && !line.blocked() {
