@@ -28,7 +28,7 @@ impl State {
         }
         let found = rows.entries_of(&absent).await?;
         for task in absent {
-            let page = Page { entries: Vec::new(), cancel_pending: self.cancels.contains(&task) };
+            let page = Page { entries: Vec::new(), cancel_pending: self.cancels.contains_key(&task) };
             self.live.insert(task, page);
         }
         for (task, entry) in found {
