@@ -64,7 +64,7 @@ struct Arguments {
     #[arg(long, default_value_t = 256)]
     slots: usize,
     /// Unsettled deliveries at a time
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 256)]
     window: u16,
     /// Tasks a second that count as half of the load; by default half of what the case throughput measured, else 2000
     #[arg(long)]

@@ -101,14 +101,19 @@ pub(crate) async fn latency(world: &mut World) {
     world.fact(format!("latency: publish to started, idle: {idle}"));
     let measured = world.measured.map(|rate| (rate / 2.0) as u64);
     let rate = world.arguments.half_load.or(measured).unwrap_or(2000);
-    let loaded = under_load(&rig, listener, rate).await;
+    let loaded = under_load(&rig, listener, rate, || rig::NODE.to_owned()).await;
     world.fact(format!("latency: publish to started, at {rate} tasks a second: {loaded}"));
     agent.end();
     rig.remove(std::iter::once(rig::NODE.to_owned())).await;
 }
 
-/// Publishes so many tasks a second and follows all of them.
-async fn under_load(rig: &Rig, mut listener: Listener, rate: u64) -> Spread {
+/// Publishes so many tasks a second for a while, however long they take, and follows all of them.
+pub(crate) async fn under_load(
+    rig: &Rig,
+    mut listener: Listener,
+    rate: u64,
+    node: impl Fn() -> String + Send + 'static,
+) -> Spread {
     let (connection, channel) = rig::connect(&rig.url).await;
     let exchange = rig.names.task();
     let (tell, mut published) = tokio::sync::mpsc::unbounded_channel();
@@ -120,7 +125,7 @@ async fn under_load(rig: &Rig, mut listener: Listener, rate: u64) -> Spread {
             while sent < due {
                 let (id, body) = rig::task(sent);
                 let _ = tell.send((id, Instant::now()));
-                confirms.push(rig::publish(&channel, &exchange, rig::NODE, &body).await);
+                confirms.push(rig::publish(&channel, &exchange, &node(), &body).await);
                 sent += 1;
             }
             tokio::time::sleep(TICK).await;

@@ -11,18 +11,16 @@ use rand::Rng as _;
 use crate::{
     World,
     agent::{Agent, node_name},
-    cases::Listener,
+    cases::{Listener, under_load},
     log, process,
     rig::{self, Rig},
-    spread::Spread,
 };
 
 /// Beginning of the nodes' names.
 const STEM: &str = "node";
 /// Each node does little.
 const SIZE: (usize, u16) = (2, 8);
-/// Tasks of which the latency is the spread, and how many come a second.
-const TASKS: u64 = 1000;
+/// Tasks that come a second.
 const A_SECOND: u64 = 100;
 /// For the broker to let go of what was only for a moment.
 const CALM: Duration = Duration::from_secs(5);
@@ -66,7 +64,9 @@ pub(crate) async fn run(world: &mut World) {
         process::megabytes(running.saturating_sub(declared)),
         2 * all
     ));
-    let latency = latency(&rig, all).await;
+    let listener = Listener::new(&rig).await;
+    let any = move || node_name(STEM, rand::rng().random_range(0..all));
+    let latency = under_load(&rig, listener, A_SECOND, any).await;
     world.fact(format!("nodes: publish to started over {all} nodes, {A_SECOND} tasks a second: {latency}"));
     predict(world, &steps, all, running.saturating_sub(declared), empty);
     agents.end();
@@ -91,20 +91,6 @@ fn predict(world: &mut World, steps: &[(usize, f64, u64)], all: usize, connectio
         first.0,
         last.0
     ));
-}
-
-async fn latency(rig: &Rig, nodes: usize) -> Spread {
-    let mut listener = Listener::new(rig).await;
-    let pause = Duration::from_secs(1) / u32::try_from(A_SECOND).unwrap_or(1);
-    let mut times = Vec::new();
-    for number in 0..TASKS {
-        tokio::time::sleep(pause).await;
-        let node = node_name(STEM, rand::rng().random_range(0..nodes));
-        let begun = Instant::now();
-        let id = rig.publish(&node, number).await;
-        times.push((listener.started(&id).await - begun).as_secs_f64() * 1000.0);
-    }
-    Spread::of(times)
 }
 
 /// Memory of the broker's process; nothing where it is not one of this machine.
