@@ -383,7 +383,8 @@ async fn a_task_that_runs_at_three_kills_is_given_up_and_those_beside_and_behind
     agent.start(&[]);
     agent.publish(&poison.clone("poison", 1)).await;
     agent.publish(&innocent.clone("beside", 2)).await;
-    (poison.asked(1).await, innocent.asked(1).await);
+    poison.asked(1).await;
+    innocent.asked(1).await;
     // No slot for this one, and no turn for that one.
     agent.publish(&Agent::clone_task("waits", 3, &upstream, "3_app")).await;
     agent.publish(&Agent::task("behind", "status", 1)).await;
@@ -392,7 +393,8 @@ async fn a_task_that_runs_at_three_kills_is_given_up_and_those_beside_and_behind
     }
     agent.kill().await;
     agent.start(&[]);
-    (poison.asked(2).await, innocent.asked(2).await);
+    poison.asked(2).await;
+    innocent.asked(2).await;
     agent.kill().await;
     // From the third start on one delivery is taken at a time.
     agent.start(&[]);

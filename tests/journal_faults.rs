@@ -298,13 +298,11 @@ async fn damage_that_is_found_while_it_runs_is_told_once_and_the_journal_goes_on
         let journal = Journal::open(SqliteRows::open(&path).await.unwrap()).await.unwrap();
         let file = fs::File::options().write(true).open(&path).unwrap();
         let length = file.metadata().unwrap().len();
-        match mode {
-            "cut" => file.set_len(8192).unwrap(),
-            _ => {
-                use std::os::unix::fs::FileExt as _;
-                let noise = vec![if mode == "noise" { 0x5a } else { 0 }; usize::try_from(length - 8192).unwrap()];
-                file.write_all_at(&noise, 8192).unwrap();
-            }
+        if mode == "cut" {
+            file.set_len(8192).unwrap();
+        } else {
+            let noise = vec![if mode == "noise" { 0x5a } else { 0 }; usize::try_from(length - 8192).unwrap()];
+            std::os::unix::fs::FileExt::write_all_at(&file, &noise, 8192).unwrap();
         }
         let mut refused = 0;
         for (task, versions) in &journals.versions {
@@ -349,9 +347,15 @@ impl Harm {
         let log = beside(journal, "-wal");
         match self {
             Self::Garbage => {
-                [journal, &log].into_iter().for_each(|file| fs::write(file, "garbage".repeat(9000)).unwrap())
+                for file in [journal, &log] {
+                    fs::write(file, "garbage".repeat(9000)).unwrap();
+                }
             }
-            Self::Truncated => [journal, &log].into_iter().for_each(|file| cut(file, 2)),
+            Self::Truncated => {
+                for file in [journal, &log] {
+                    cut(file, 2);
+                }
+            }
             Self::Empty => fs::write(journal, "").unwrap(),
             Self::Gone => fs::remove_file(journal).unwrap(),
             Self::LogGone => fs::remove_file(log).unwrap(),

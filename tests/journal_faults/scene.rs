@@ -139,7 +139,7 @@ impl Journals {
             |step| step.page.strike(0, Debt::DeadLetter, now()),
             |step| step.page.strike(0, Debt::Event, now()),
         ];
-        let (released, until) = (number % 8 == 0, if number % 8 < 5 { number % 8 + 1 } else { 5 });
+        let (released, until) = (number.is_multiple_of(8), if number % 8 < 5 { number % 8 + 1 } else { 5 });
         for step in &steps[..until] {
             let step = *step;
             let noted = journal.step(&task, now(), move |mut of| {
