@@ -126,10 +126,12 @@ fn plot(comparison: &Comparison) -> String {
          <text x=\"16\" y=\"26\" font-size=\"16\" font-weight=\"bold\" fill=\"#1a202c\">{}</text>\n",
         escaped(&comparison.title)
     );
-    let (unit, scale) = match comparison.rate {
-        true => ("/s", 1.0),
-        false if most >= 2000.0 => ("s", 1000.0),
-        false => ("ms", 1.0),
+    let (unit, scale) = if comparison.rate {
+        ("/s", 1.0)
+    } else if most >= 2000.0 {
+        ("s", 1000.0)
+    } else {
+        ("ms", 1.0)
     };
     let mut tick = 0.0;
     while tick <= most * 1.001 {
@@ -171,10 +173,12 @@ fn plot(comparison: &Comparison) -> String {
             "<text x=\"{:.1}\" y=\"{:.1}\" fill=\"#1a202c\">{}</text>",
             x(furthest) + 10.0,
             middle + 4.0,
-            match comparison.rate {
-                true => format!("{median:.0}/s"),
-                false if median >= 2000.0 => format!("{:.2} s", median / 1000.0),
-                false => format!("{median:.0} ms"),
+            if comparison.rate {
+                format!("{median:.0}/s")
+            } else if median >= 2000.0 {
+                format!("{:.2} s", median / 1000.0)
+            } else {
+                format!("{median:.0} ms")
             }
         );
     }

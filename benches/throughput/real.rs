@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures_util::StreamExt as _;
-use lapin::options::BasicConsumeOptions;
+use lapin::{options::BasicConsumeOptions, types::FieldTable};
 use serde_json::{Value, json};
 
 use crate::{
@@ -166,7 +166,7 @@ impl Ends {
         let (connection, channel) = rig::connect(&rig.url).await;
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         let queue = rig.names.master_event();
-        let events = channel.basic_consume(queue.into(), "ends".into(), options, Default::default()).await;
+        let events = channel.basic_consume(queue.into(), "ends".into(), options, FieldTable::default()).await;
         Self { events: events.expect("it is ours"), _connection: connection }
     }
 

@@ -8,7 +8,10 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeleteOptions};
+use lapin::{
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeleteOptions},
+    types::FieldTable,
+};
 
 use crate::rig;
 
@@ -31,8 +34,10 @@ pub(crate) fn be_bare(url: &str, queue: &str, expect: u64) {
         let (_connection, channel) = rig::connect(url).await;
         channel.basic_qos(PREFETCH, BasicQosOptions::default()).await.expect("a window can be set");
         let options = BasicConsumeOptions::default();
-        let mut deliveries =
-            channel.basic_consume(queue.into(), "bare".into(), options, Default::default()).await.expect("it is ours");
+        let mut deliveries = channel
+            .basic_consume(queue.into(), "bare".into(), options, FieldTable::default())
+            .await
+            .expect("it is ours");
         let (out, body) = (format!("{queue}.out"), vec![b'x'; ANSWER]);
         let mut flying = FuturesUnordered::new();
         let (mut taken, mut begun) = (0, None);
