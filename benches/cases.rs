@@ -86,7 +86,7 @@ async fn cold(world: &mut World, size: &str) {
     }
     same_tree(&agent.project("cold-0"), &place.path().join("git-0"));
     let title = format!("Cold clone, {size}: full history");
-    world.report.add(Comparison { name: format!("cold-{size}"), title, series: vec![haul, theirs] });
+    world.report.add(Comparison { name: format!("cold-{size}"), title, series: vec![haul, theirs], rate: false });
 }
 
 async fn tree(world: &mut World, size: &str) {
@@ -105,7 +105,12 @@ async fn tree(world: &mut World, size: &str) {
         theirs.rounds.push(timed(git_clone(&place, &url, &format!("git-{round}"))));
     }
     let title = format!("Cold clone, {size}: tree first");
-    world.report.add(Comparison { name: format!("tree-{size}"), title, series: vec![usable, history, theirs] });
+    world.report.add(Comparison {
+        name: format!("tree-{size}"),
+        title,
+        series: vec![usable, history, theirs],
+        rate: false,
+    });
 }
 
 async fn warm(world: &mut World, size: &str) {
@@ -132,7 +137,12 @@ async fn warm(world: &mut World, size: &str) {
         listed.rounds.push(timed(listing));
     }
     let title = format!("Warm clone, {size}");
-    world.report.add(Comparison { name: format!("warm-{size}"), title, series: vec![haul, copied, theirs, listed] });
+    world.report.add(Comparison {
+        name: format!("warm-{size}"),
+        title,
+        series: vec![haul, copied, theirs, listed],
+        rate: false,
+    });
 }
 
 async fn pull(world: &mut World, size: &str, path: &Path) {
@@ -164,7 +174,7 @@ async fn pull(world: &mut World, size: &str, path: &Path) {
         .report
         .say(format!("no-change pull, {size}: {asked} listings asked for by {} pulls of each side", world.rounds * 3));
     let title = format!("Pull with nothing new, {size}");
-    world.report.add(Comparison { name: format!("pull-none-{size}"), title, series: vec![haul, theirs] });
+    world.report.add(Comparison { name: format!("pull-none-{size}"), title, series: vec![haul, theirs], rate: false });
     let (mut haul, mut theirs) = (Series::new("haul pull"), Series::new("git pull"));
     for round in 0..world.rounds * 2 {
         commit(&upstream, round);
@@ -174,7 +184,7 @@ async fn pull(world: &mut World, size: &str, path: &Path) {
     }
     same_tree(&agent.project("project"), &theirs_at);
     let title = format!("Pull of one commit, {size}");
-    world.report.add(Comparison { name: format!("pull-one-{size}"), title, series: vec![haul, theirs] });
+    world.report.add(Comparison { name: format!("pull-one-{size}"), title, series: vec![haul, theirs], rate: false });
 }
 
 async fn concurrent(world: &mut World, size: &str) {
@@ -224,7 +234,7 @@ async fn concurrent(world: &mut World, size: &str) {
         theirs.rounds.push(ms(begun.elapsed()));
     }
     let title = format!("{CROWD} clones of one upstream at once, {size}");
-    world.report.add(Comparison { name: format!("concurrent-{size}"), title, series: vec![haul, theirs] });
+    world.report.add(Comparison { name: format!("concurrent-{size}"), title, series: vec![haul, theirs], rate: false });
 }
 
 /// A link that lets a fifth of the pack through before the transfer is killed again.

@@ -142,7 +142,7 @@ async fn main() {
         for (name, facts) in described {
             head.extend(["- ", &name, ": ", &facts, "\n"]);
         }
-        world.report.write(&out, &head).expect("the results can be written");
+        world.report.write(&out, "results.md", &head).expect("the results can be written");
         println!("\nwritten to {}", out.display());
     }
 }

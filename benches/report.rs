@@ -9,9 +9,11 @@ pub(crate) struct Series {
     pub(crate) rounds: Vec<f64>,
 }
 
-/// Sides that were measured in turn, in milliseconds; the last but the first are what the first is compared with.
-#[derive(Clone, Debug)]
+/// Sides that were measured in turn; the last but the first are what the first is compared with.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Comparison {
+    /// Things a second, and more is better; else milliseconds, and less is.
+    pub(crate) rate: bool,
     /// Also the name of the plot: `cold-history`.
     pub(crate) name: String,
     pub(crate) title: String,
@@ -50,8 +52,10 @@ impl Report {
         let first = comparison.series[0].median();
         for (n, series) in comparison.series.iter().enumerate() {
             let rounds = series.rounds.iter().map(|round| format!("{round:.1}")).collect::<Vec<_>>().join(" ");
-            let ratio = if n == 0 { String::new() } else { format!("   {}", compared(series.median(), first)) };
-            println!("{:<36} median {:>9.1} ms{ratio}\n    rounds: {rounds}", series.name, series.median());
+            let ratio =
+                if n == 0 { String::new() } else { format!("   {}", comparison.against(series.median(), first)) };
+            let median = comparison.text(series.median());
+            println!("{:<36} median {median:>12}{ratio}\n    rounds: {rounds}", series.name);
         }
         self.comparisons.push(comparison);
     }
@@ -61,20 +65,21 @@ impl Report {
         self.facts.push(fact);
     }
 
-    /// Writes the table and the plots into `directory`.
-    pub(crate) fn write(&self, directory: &Path, head: &str) -> std::io::Result<()> {
+    /// Writes the table, as `file`, and the plots into `directory`.
+    pub(crate) fn write(&self, directory: &Path, file: &str, head: &str) -> std::io::Result<()> {
         fs::create_dir_all(directory)?;
         let mut text = format!("{head}\n");
         for comparison in &self.comparisons {
             let name = &comparison.name;
             let _ = write!(text, "## {}\n\n![{}]({name}.svg)\n\n", comparison.title, comparison.title);
-            text.push_str("| | median | the first against it | rounds, in ms |\n|---|---:|---:|---|\n");
+            let unit = if comparison.rate { "a second" } else { "in ms" };
+            let _ = writeln!(text, "| | median | the first against it | rounds, {unit} |\n|---|---:|---:|---|");
             let first = comparison.series[0].median();
             for (n, series) in comparison.series.iter().enumerate() {
                 let rounds = series.rounds.iter().map(|round| format!("{round:.0}")).collect::<Vec<_>>().join(", ");
                 let median = series.median();
-                let ratio = if n == 0 { String::new() } else { compared(median, first) };
-                let _ = writeln!(text, "| {} | {median:.1} ms | {ratio} | {rounds} |", series.name);
+                let ratio = if n == 0 { String::new() } else { comparison.against(median, first) };
+                let _ = writeln!(text, "| {} | {} | {ratio} | {rounds} |", series.name, comparison.text(median));
             }
             text.push('\n');
             fs::write(directory.join(format!("{name}.svg")), plot(comparison))?;
@@ -85,13 +90,22 @@ impl Report {
                 let _ = writeln!(text, "- {fact}");
             }
         }
-        fs::write(directory.join("results.md"), text)
+        fs::write(directory.join(file), text)
     }
 }
 
-/// How `first`, which is haul, stands to `other`.
-fn compared(other: f64, first: f64) -> String {
-    format!("haul takes {:.2} of it, {:+.0} ms: {:.2} times as fast", first / other, first - other, other / first)
+impl Comparison {
+    /// How `first`, which is haul, stands to `other`.
+    fn against(&self, other: f64, first: f64) -> String {
+        if self.rate {
+            return format!("haul does {:.2} times as many", first / other);
+        }
+        format!("haul takes {:.2} of it, {:+.0} ms: {:.2} times as fast", first / other, first - other, other / first)
+    }
+
+    fn text(&self, value: f64) -> String {
+        if self.rate { format!("{value:.0}/s") } else { format!("{value:.1} ms") }
+    }
 }
 
 /// Bars for the medians, dots for the rounds.
@@ -112,7 +126,13 @@ fn plot(comparison: &Comparison) -> String {
          <text x=\"16\" y=\"26\" font-size=\"16\" font-weight=\"bold\" fill=\"#1a202c\">{}</text>\n",
         escaped(&comparison.title)
     );
-    let (unit, scale) = if most >= 2000.0 { ("s", 1000.0) } else { ("ms", 1.0) };
+    let (unit, scale) = if comparison.rate {
+        ("/s", 1.0)
+    } else if most >= 2000.0 {
+        ("s", 1000.0)
+    } else {
+        ("ms", 1.0)
+    };
     let mut tick = 0.0;
     while tick <= most * 1.001 {
         let at = x(tick);
@@ -153,12 +173,19 @@ fn plot(comparison: &Comparison) -> String {
             "<text x=\"{:.1}\" y=\"{:.1}\" fill=\"#1a202c\">{}</text>",
             x(furthest) + 10.0,
             middle + 4.0,
-            if median >= 2000.0 { format!("{:.2} s", median / 1000.0) } else { format!("{median:.0} ms") }
+            if comparison.rate {
+                format!("{median:.0}/s")
+            } else if median >= 2000.0 {
+                format!("{:.2} s", median / 1000.0)
+            } else {
+                format!("{median:.0} ms")
+            }
         );
     }
+    let better = if comparison.rate { "Longer" } else { "Shorter" };
     let _ = writeln!(
         svg,
-        "<text x=\"16\" y=\"{:.1}\" font-size=\"11\" fill=\"#4a5568\">Bars: medians; dots: single rounds. Shorter is better.</text>\n</svg>",
+        "<text x=\"16\" y=\"{:.1}\" font-size=\"11\" fill=\"#4a5568\">Bars: medians; dots: single rounds. {better} is better.</text>\n</svg>",
         height - 10.0
     );
     svg

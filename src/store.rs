@@ -3,6 +3,7 @@
 //! Every step loads one task's [`Page`], lets a pure function decide and note, and is answered only after the commit
 //! that made it durable. Steps that arrive while a commit is under way share the next one.
 
+mod cache;
 mod clones;
 pub mod memory;
 mod rows;
@@ -22,7 +23,7 @@ pub use rows::{JournalError, Rows, Write};
 pub use sqlite::SqliteRows;
 
 use crate::{
-    journal::{Entry, Page, Phase, WaitingClone},
+    journal::{Entry, Page, WaitingClone},
     protocol::{ProjectId, TaskId},
 };
 use clones::Clones;
@@ -30,8 +31,6 @@ use trouble::{read_again, refuse, write_or_relieve};
 
 /// Steps that one commit carries at most: bounds the time that the first of them waits.
 const LARGEST_BATCH: usize = 512;
-/// Pages that are kept in memory at most, to save reading.
-const MOST_PAGES: usize = 4096;
 
 /// The note that says when a damaged journal was last set aside.
 pub const SET_ASIDE: &str = "set_aside";
@@ -185,6 +184,8 @@ impl Journal {
 struct State {
     /// Pages with a task in hand or a debt, and those of the batch at hand; the others are read when asked for.
     live: HashMap<TaskId, Page>,
+    /// Tasks of the batch at hand.
+    touched: Vec<TaskId>,
     clones: Clones,
     /// When cancels came whose tasks have not.
     cancels: BTreeMap<TaskId, Timestamp>,
@@ -219,14 +220,6 @@ impl State {
         Ok(state)
     }
 
-    async fn page(&mut self, rows: &mut impl Rows, task: &TaskId) -> Result<Page, JournalError> {
-        if let Some(page) = self.live.remove(task) {
-            return Ok(page);
-        }
-        let entries = rows.entries(task).await?;
-        Ok(Page { entries, cancel_pending: self.cancels.contains_key(task) })
-    }
-
     /// Runs one step on its page; what it changed joins the batch. A step that panics has changed nothing.
     fn decide(
         &mut self,
@@ -259,17 +252,9 @@ impl State {
                 self.cancels.remove(&task);
             }
         }
-        self.live.insert(task, page);
+        self.live.insert(task.clone(), page);
+        self.touched.push(task);
         Some(answer)
-    }
-
-    /// Forgets pages of tasks that have ended and owe nothing, and of those that wait for a retry: there may be very many.
-    fn settle_down(&mut self) {
-        let in_hand = |entry: &Entry| matches!(entry.phase, Phase::Waiting | Phase::Running { .. }) || entry.owes();
-        self.live.retain(|_, page| page.entries.iter().any(in_hand));
-        if self.live.len() > MOST_PAGES {
-            self.live.clear();
-        }
     }
 
     /// Takes note of damage in what was read or written.
@@ -309,11 +294,14 @@ async fn write(
             continue;
         }
         let arrival_before = state.last_arrival;
+        let absent = state.absent(&arrived);
+        let fetched = state.fetch(&mut rows, absent).await;
+        let fetched = state.seen(fetched);
         let (mut batch, mut answers, mut closing) = (Vec::new(), Vec::<Answer>::new(), None);
         for request in arrived.drain(..) {
             match request {
                 Request::Close { reply } => closing = Some(reply),
-                request => answers.extend(take(&mut rows, &mut state, request, &mut batch, &strain).await),
+                request => answers.extend(take(&mut rows, &mut state, request, &fetched, &mut batch, &strain).await),
             }
         }
         if state.last_arrival != arrival_before {
@@ -344,20 +332,24 @@ async fn write(
 }
 
 /// Takes one request: what only reads is answered at once, what writes is answered after the batch.
+///
+/// `fetched`: what came of reading the pages of this batch.
 async fn take(
     rows: &mut impl Rows,
     state: &mut State,
     request: Request,
+    fetched: &Result<(), JournalError>,
     batch: &mut Vec<Write>,
     strain: &watch::Sender<bool>,
 ) -> Option<Answer> {
     match request {
         Request::Step { task, now, decide } => {
-            let page = state.page(rows, &task).await;
-            match state.seen(page) {
-                Ok(page) => return state.decide(page, task, now, decide, batch),
-                Err(error) => refuse(Request::Step { task, now, decide }, &error),
+            if let Some(page) = state.live.remove(&task) {
+                return state.decide(page, task, now, decide, batch);
             }
+            // What was read of the batch has every page that it asks for.
+            let error = fetched.clone().err().unwrap_or(JournalError::Broken);
+            refuse(Request::Step { task, now, decide }, &error);
         }
         Request::SetNote { name, value, reply } => {
             batch.push(Write::Note(name, value));

@@ -50,13 +50,13 @@ use crate::{
 };
 use active::{Active, Entered};
 use arrival::Arrival;
-use attempt::Ending;
+use attempt::{Admitted, Ending, Standing};
 use caution::Caution;
 use history::Histories;
 use line::Lines;
 use poison::Trial;
 use reporter::Reporter;
-use turns::{Turn, Turns};
+use turns::{Queued, Turn, Turns};
 
 /// How long a delivery may take to be settled: a connection that breaks at that moment may never tell.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -241,11 +241,13 @@ impl Worker {
     async fn conclude(self: &Arc<Self>, arrival: &Arrival) -> Result<Through, Interrupted> {
         let mut turn: Option<Turn> = None;
         arrival.line.turn().await;
-        let ending = match self.admit(arrival).await? {
-            Admission::Fresh(ticket) => self.attempt(arrival, ticket, &mut turn).await?,
+        let admitted = self.admit(arrival).await?;
+        // It has its place in its project's queue, or needs none.
+        arrival.line.pass();
+        let ending = match admitted.admission {
+            Admission::Fresh(ticket) => self.attempt(arrival, ticket, admitted.standing, &mut turn).await?,
             other => Self::without_running(arrival, other),
         };
-        arrival.line.pass();
         match ending {
             Ending::Over { ticket, outcome } => {
                 let owed = self.settle(arrival, ticket, outcome).await?;
@@ -263,20 +265,37 @@ impl Worker {
         Ok(Through::Ended)
     }
 
-    /// Step 3: asks the journal what this delivery is.
-    async fn admit(self: &Arc<Self>, arrival: &Arrival) -> Result<Admission, Interrupted> {
+    /// Step 3: asks the journal what this delivery is. What is to be done is queued in the same step; where it has its turn
+    /// at once its attempt begins there too, so that one commit holds both.
+    async fn admit(self: &Arc<Self>, arrival: &Arrival) -> Result<Admitted, Interrupted> {
+        let refused = self.executor.admit(&arrival.task).err();
         let mark = self.executor.project(arrival.task.project).await.mark;
         let sighting = arrival.sighting(mark, &self.boot, self.clock.now(), self.settings.retry.longest_wait());
-        let (now, project) = (sighting.now, sighting.project);
+        let (now, project, waiting) = (sighting.now, sighting.project, arrival.waiting());
+        let (turns, alone) = (refused.is_none().then(|| self.turns.clone()), self.caution.is_on());
         let step = self.journal.step(&arrival.key.task_id, now, move |step| {
             let mut sighting = sighting;
             sighting.next_arrival = step.next_arrival;
-            step.page.admit(&sighting, &(step.clones)(project))
+            let (admission, closed) = step.page.admit(&sighting, &(step.clones)(project));
+            let ticket = if let Admission::Fresh(ticket) = &admission { Some(*ticket) } else { None };
+            let mut queued = turns.zip(ticket).and_then(|(turns, ticket)| turns.queue_work(waiting, ticket.place));
+            let turn = queued.as_mut().and_then(Queued::at_once);
+            let begun = turn.is_some();
+            if let (true, Some(ticket)) = (begun, ticket) {
+                step.page.begin(sighting.round, ticket.attempt, &sighting.boot, alone);
+            }
+            (admission, closed, queued, turn)
         });
-        let (admission, closed) = step.await?;
+        let (admission, closed, queued, turn) = step.await?;
         self.observer.reached(Step::Admitted, Some(&arrival.key.task_id));
         self.close_lower_rounds(arrival, closed).await?;
-        Ok(admission)
+        let standing = match (refused, queued, turn) {
+            (Some(failure), ..) => Standing::Refused(failure),
+            (None, None, _) => Standing::TooMany,
+            (None, Some(_), Some(turn)) => Standing::Begun { turn, mark },
+            (None, Some(queued), None) => Standing::Waits(queued),
+        };
+        Ok(Admitted { admission, standing })
     }
 
     /// What follows where nothing has to run.

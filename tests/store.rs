@@ -6,7 +6,7 @@ use std::{path::Path, sync::atomic::Ordering};
 
 use haul::{
     journal::{Admission, Concluded, Debt, Entry, Envelope, Sighting},
-    protocol::{Kind, Status, TaskId, wire::Message},
+    protocol::{Kind, Place, Status, TaskId, wire::Message},
     store::{Journal, JournalError, MemoryRows, Rows, SqliteRows, Write},
 };
 use jiff::{SignedDuration, Timestamp};
@@ -116,6 +116,57 @@ async fn notes_are_kept_and_forgotten(rows: impl Rows) {
     assert_eq!(journal.note("paused").await.unwrap(), None);
 }
 
+async fn a_batch_of_any_size_is_written_whole(rows: impl Rows) {
+    let mut rows = rows;
+    // Around the sizes of statements, and several of the largest.
+    for size in [0, 1, 3, 12, 13, 256, 257, 700] {
+        let place = Place { generation: None, arrived: 1 };
+        let entry = |round| Entry::new(round, "d".to_owned(), Kind::Pull, 1, place, now());
+        let id = task(&format!("batch-{size}"));
+        let mut batch: Vec<_> = (0..size).map(|round| Write::Entry(id.clone(), Box::new(entry(round)))).collect();
+        // Of what is written twice the last counts, and a note may come and go.
+        if size > 1 {
+            let last = Entry { attempt: 7, ..entry(0) };
+            batch.push(Write::Entry(id.clone(), Box::new(last)));
+        }
+        let notes = (0..6).map(|note| Write::Note(format!("n{note}"), Some(size.to_string())));
+        batch.extend(notes.take(usize::try_from(size % 7).unwrap()));
+        batch.push(Write::Note("gone".to_owned(), Some("here".to_owned())));
+        batch.push(Write::Note("gone".to_owned(), None));
+        rows.write(&batch).await.unwrap();
+        let found = rows.entries_of(&[task("nobody"), id.clone()]).await.unwrap();
+        assert!(found.iter().map(|(_, entry)| entry.round).eq(0..size), "a batch of {size}");
+        assert!(found.iter().all(|(of, _)| *of == id));
+        assert_eq!(found.first().map(|(_, entry)| entry.attempt), [None, Some(0), Some(7)][size.min(2) as usize]);
+        if size % 7 > 0 {
+            assert_eq!(rows.note("n0").await.unwrap(), Some(size.to_string()));
+        }
+        assert_eq!(rows.note("gone").await.unwrap(), None);
+    }
+}
+
+async fn tasks_that_come_together_share_what_is_read_and_written(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    let ids: Vec<TaskId> = (0..600).map(|number| task(&format!("t{number}"))).collect();
+    for expected_attempt in 0..2 {
+        let steps = ids.iter().map(|id| {
+            journal.step(id, now(), move |step| {
+                let sighting = sighting(Kind::Pull, step.next_arrival);
+                let before = step.page.round(0).map_or(0, |entry| entry.attempt);
+                let admission = step.page.admit(&sighting, &[]).0;
+                step.page.begin(0, before + 1, "boot", false);
+                // Held by nobody here: its page is read again the next time.
+                step.page.release(0, 1, now());
+                (before, admission)
+            })
+        });
+        for answer in futures_util::future::join_all(steps).await {
+            let (before, admission) = answer.unwrap();
+            assert!(before == expected_attempt && matches!(admission, Admission::Fresh(_)), "{before} {admission:?}");
+        }
+    }
+}
+
 async fn what_runs_is_known_after_a_crash(rows: impl Rows) {
     let journal = Journal::open(rows).await.unwrap();
     for name in ["runs", "waits", "ended"] {
@@ -180,6 +231,8 @@ both!(
     a_pull_waits_behind_a_released_clone,
     only_what_is_old_and_paid_is_pruned,
     notes_are_kept_and_forgotten,
+    a_batch_of_any_size_is_written_whole,
+    tasks_that_come_together_share_what_is_read_and_written,
     what_runs_is_known_after_a_crash,
     a_step_that_panics_changes_nothing_and_harms_nobody,
     a_cancel_whose_task_never_comes_is_forgotten,

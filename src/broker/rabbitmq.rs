@@ -4,6 +4,7 @@
 //! reading from connections that publish, acks included. Both are kept by a [`link::Link`]; lanes and sessions live
 //! on their channels.
 
+mod acks;
 mod address;
 mod admin;
 mod browse;
@@ -13,6 +14,7 @@ mod dial;
 mod inbound;
 mod lane;
 mod link;
+mod news;
 mod session;
 mod silence;
 mod waits;
@@ -207,7 +209,7 @@ impl Broker for RabbitMq {
         let state = publisher.link.state();
         let (reply, answer) = oneshot::channel();
         let asking = async {
-            publisher.lane(&outgoing).send(Request { outgoing: outgoing.clone(), reply }).await.ok()?;
+            publisher.lane(&outgoing).send(Request { outgoing, reply }).await.ok()?;
             answer.await.ok()
         };
         match tokio::time::timeout(self.confirm_timeout, asking).await {

@@ -193,6 +193,12 @@ impl Entry {
         !matches!(self.phase, Phase::Settled { .. })
     }
 
+    /// Whether a copy of it is held in a retry queue.
+    #[must_use]
+    pub fn is_released(&self) -> bool {
+        matches!(self.phase, Phase::Released { .. })
+    }
+
     /// Whether something is still owed, to the broker or to the project.
     #[must_use]
     pub fn owes(&self) -> bool {

@@ -71,6 +71,14 @@ pub trait Rows: Send + 'static {
     async fn close(&mut self) {}
     /// The entries of a task.
     async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError>;
+    /// The entries of several tasks, each task's rounds ascending; in one question where the backend can.
+    async fn entries_of(&mut self, tasks: &[TaskId]) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        let mut found = Vec::new();
+        for task in tasks {
+            found.extend(self.entries(task).await?.into_iter().map(|entry| (task.clone(), entry)));
+        }
+        Ok(found)
+    }
     /// Every entry that owes something.
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError>;
     /// Every clone that waits for a retry.

@@ -7,6 +7,7 @@ mod check;
 mod recovery;
 mod row;
 mod signs;
+mod upsert;
 
 use std::{
     ffi::OsString,
@@ -21,10 +22,8 @@ use rustix::fs::{FallocateFlags, fallocate};
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteRow};
 
 use super::{JournalError, Rows, Write};
-use crate::{
-    journal::{Entry, Phase},
-    protocol::TaskId,
-};
+use crate::{journal::Entry, protocol::TaskId};
+use upsert::{LARGEST_STATEMENT, NOTES_AT_ONCE};
 
 /// The tables. An entry is one JSON text: only what is searched for has a column of its own.
 const SCHEMA: &str = "
@@ -87,55 +86,31 @@ impl SqliteRows {
         self.connection.as_mut().map_err(|reason| damaged(&self.path, reason.clone()))
     }
 
+    /// One question for a batch of the usual kind: each costs a change of threads, which is dearer than a row.
     async fn write_all(&mut self, batch: &[Write]) -> Result<(), JournalError> {
+        let (entries, notes) = upsert::rows_of(batch);
+        if entries.len() <= LARGEST_STATEMENT && notes.len() <= NOTES_AT_ONCE {
+            return self.write_rows(&entries, &notes, true).await;
+        }
         self.run("written", "BEGIN IMMEDIATE").await?;
-        for write in batch {
-            match write {
-                Write::Entry(task, entry) => self.put(task, entry).await?,
-                Write::Note(name, value) => self.set_note(name, value.as_deref()).await?,
-            }
+        for entries in entries.chunks(LARGEST_STATEMENT) {
+            self.write_rows(entries, &[], false).await?;
+        }
+        for notes in notes.chunks(NOTES_AT_ONCE) {
+            self.write_rows(&[], notes, false).await?;
         }
         self.run("written", "COMMIT").await
     }
 
-    async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError> {
-        let body = serde_json::to_string(entry).expect("an entry serialises");
-        let done = sqlx::query(
-            "INSERT INTO entry (task, round, seen, owes, waiting_clone, running, body, sum)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-             ON CONFLICT (task, round) DO UPDATE SET
-             seen = excluded.seen, owes = excluded.owes, waiting_clone = excluded.waiting_clone,
-             running = excluded.running, body = excluded.body, sum = excluded.sum",
-        )
-        .bind(task.as_str())
-        .bind(i64::from(entry.round))
-        .bind(entry.seen.as_second())
-        .bind(entry.owes())
-        .bind(entry.waiting_clone().is_some())
-        .bind(matches!(entry.phase, Phase::Running { .. }))
-        .bind(&body)
-        .bind(row::entry_sum(task.as_str(), i64::from(entry.round), &body))
-        .execute(self.database()?)
-        .await;
-        done.map(drop).map_err(self.written())
-    }
-
-    async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
-        let done = match value {
-            Some(value) => {
-                sqlx::query(
-                    "INSERT INTO note (name, value, sum) VALUES (?, ?, ?)
-                 ON CONFLICT (name) DO UPDATE SET value = excluded.value, sum = excluded.sum",
-                )
-                .bind(name)
-                .bind(value)
-                .bind(row::note_sum(name, value))
-                .execute(self.database()?)
-                .await
-            }
-            None => sqlx::query("DELETE FROM note WHERE name = ?").bind(name).execute(self.database()?).await,
-        };
-        done.map(drop).map_err(self.written())
+    /// Writes so many rows as one statement takes, as a transaction of their own where `whole`.
+    async fn write_rows(
+        &mut self,
+        entries: &[(&TaskId, &Entry)],
+        notes: &[(&str, Option<&str>)],
+        whole: bool,
+    ) -> Result<(), JournalError> {
+        let query = upsert::query(entries, notes, whole);
+        query.execute(self.database()?).await.map(drop).map_err(self.written())
     }
 
     async fn run(&mut self, doing: &'static str, sql: &'static str) -> Result<(), JournalError> {
@@ -154,13 +129,13 @@ impl SqliteRows {
     }
 
     /// Entries with their tasks. One row that cannot be believed is damage: nobody knows what else is wrong.
-    fn entries_of(&self, rows: &[SqliteRow]) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+    fn entries_of_rows(&self, rows: &[SqliteRow]) -> Result<Vec<(TaskId, Entry)>, JournalError> {
         rows.iter().map(row::entry).collect::<Result<_, _>>().map_err(|reason| damaged(&self.path, reason))
     }
 
     async fn select(&mut self, sql: &'static str) -> Result<Vec<(TaskId, Entry)>, JournalError> {
         let rows = sqlx::query(sql).fetch_all(self.database()?).await.map_err(self.read())?;
-        self.entries_of(&rows)
+        self.entries_of_rows(&rows)
     }
 }
 
@@ -243,7 +218,20 @@ impl Rows for SqliteRows {
             .fetch_all(self.database()?)
             .await
             .map_err(self.read())?;
-        Ok(self.entries_of(&rows)?.into_iter().map(|(_, entry)| entry).collect())
+        Ok(self.entries_of_rows(&rows)?.into_iter().map(|(_, entry)| entry).collect())
+    }
+
+    async fn entries_of(&mut self, tasks: &[TaskId]) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        // Their alphabet needs no escapes, but nobody has to rely on it.
+        let tasks = serde_json::to_string(tasks).expect("identities serialise");
+        let rows = sqlx::query(
+            "SELECT task, round, body, sum FROM entry WHERE task IN (SELECT value FROM json_each(?)) ORDER BY task, round",
+        )
+        .bind(tasks)
+        .fetch_all(self.database()?)
+        .await
+        .map_err(self.read())?;
+        self.entries_of_rows(&rows)
     }
 
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {

@@ -10,7 +10,7 @@ use super::line::{Line, Lines};
 use crate::{
     journal::{Key, Sighting},
     protocol::{
-        NodeName, Place, Task,
+        Kind, NodeName, Place, Priority, ProjectId, Task,
         wire::{self, CopyHeaders, Identity, Message, Undecodable},
     },
 };
@@ -56,6 +56,11 @@ impl Arrival {
         self.headers.node.as_ref().filter(|owner| *owner != node)
     }
 
+    /// How it waits for its turn.
+    pub(super) fn waiting(&self) -> (ProjectId, Kind, Priority) {
+        (self.task.project, self.task.kind(), self.task.priority)
+    }
+
     /// What the journal needs to know of it; no copy is put off by more than `longest_wait`.
     pub(super) fn sighting(&self, mark: Option<Place>, boot: &str, now: Timestamp, longest_wait: Duration) -> Sighting {
         // A moment that is further away than any retry of ours would park the task for as long as somebody likes; one that
@@ -90,13 +95,9 @@ fn tried_since(since: Timestamp, due: Option<Timestamp>, now: Timestamp) -> Time
 
 /// SHA-256 of a message's body, hexadecimal.
 pub(super) fn digest(message: &Message) -> String {
-    use std::fmt::Write as _;
-    let mut text = String::with_capacity(64);
-    for byte in Sha256::digest(&message.body) {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let nibbles = Sha256::digest(&message.body).into_iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    nibbles.map(|nibble| char::from(DIGITS[usize::from(nibble)])).collect()
 }
 
 #[cfg(test)]

@@ -17,14 +17,14 @@ use super::{
     arrival::Arrival,
     reporter::About,
     step::{Observe, Step},
-    turns::Turn,
+    turns::{Queued, Turn},
 };
 use crate::{
-    execute::{Job, Pace},
+    execute::{Job, Pace, ProjectState},
     failure::{ErrorClass, Failure},
     git::{Fence, Run},
     journal::{Admission, Entry, Ticket},
-    protocol::{Outcome, Progress, TaskId},
+    protocol::{Outcome, Place, Progress, TaskId},
     retry::Next,
 };
 
@@ -36,6 +36,25 @@ const BEHIND_A_CLONE: Duration = Duration::from_secs(5);
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// What an executor may take beyond its deadline before it is taken for stuck.
 const DEADLINE_SLACK: Duration = Duration::from_secs(30);
+
+/// What the journal said of a delivery.
+pub(super) struct Admitted {
+    pub(super) admission: Admission,
+    /// Of a task that is to be done.
+    pub(super) standing: Standing,
+}
+
+/// How a task that is to be done stands.
+pub(super) enum Standing {
+    /// It has its turn, and its attempt is noted; `mark` is what the journal knew of the project when it decided.
+    Begun { turn: Turn, mark: Option<Place> },
+    /// It waits for its turn.
+    Waits(Queued),
+    /// Its project has too many waiting here.
+    TooMany,
+    /// The executor does not do such tasks.
+    Refused(Failure),
+}
 
 /// How the handling of a delivery ends.
 pub(super) enum Ending {
@@ -102,37 +121,58 @@ impl Worker {
         self: &Arc<Self>,
         arrival: &Arrival,
         ticket: Ticket,
+        standing: Standing,
         turn: &mut Option<Turn>,
     ) -> Result<Ending, Interrupted> {
         let over = |outcome| Ok(Ending::Over { ticket, outcome });
-        if let Err(failure) = self.executor.admit(&arrival.task) {
-            return over(Outcome::Rejected(failure));
-        }
-        match self.wait_for_turn(arrival, ticket).await? {
-            Waited::Turn(taken) => *turn = Some(taken),
-            Waited::TooMany | Waited::TooLong => {
-                return Ok(Ending::round_trip(ticket, ROUND_TRIP, arrival.headers.deferred_since));
+        let round_trip = || Ok(Ending::round_trip(ticket, ROUND_TRIP, arrival.headers.deferred_since));
+        let begun = match standing {
+            Standing::Refused(failure) => return over(Outcome::Rejected(failure)),
+            Standing::TooMany => return round_trip(),
+            Standing::Begun { turn: taken, mark } => {
+                *turn = Some(taken);
+                Some(mark)
             }
-            Waited::Cancelled => return over(Outcome::Cancelled),
+            Standing::Waits(queued) => {
+                self.observer.reached(Step::Queued, Some(&arrival.key.task_id));
+                match self.wait_for_turn(arrival, ticket, queued).await? {
+                    Waited::Turn(taken) => *turn = Some(taken),
+                    Waited::TooLong => return round_trip(),
+                    Waited::Cancelled => return over(Outcome::Cancelled),
+                }
+                None
+            }
+        };
+        if begun.is_some() {
+            self.observer.reached(Step::Queued, Some(&arrival.key.task_id));
+        }
+        if self.soft.is_cancelled() {
+            return Err(Interrupted::Stopping);
         }
         self.observer.reached(Step::Turn, Some(&arrival.key.task_id));
-        // Much may have happened while it waited: the journal is asked again, and notes the attempt in the same step.
-        match self.begin(arrival).await? {
-            Admission::Fresh(ticket) => self.execute(arrival, ticket).await,
+        // While it has the turn nobody else changes the project: what is known of it now holds until its end.
+        let project = self.executor.project(arrival.task.project).await;
+        let admission = match begun {
+            // Nothing was applied to the project between the journal's decision and the turn.
+            Some(mark) if mark == project.mark && !arrival.cancel.is_cancelled() => Admission::Fresh(ticket),
+            // Much may have happened while it waited: the journal is asked again, and notes the attempt in the same step.
+            _ => self.begin(arrival, project.mark).await?,
+        };
+        self.observer.reached(Step::Begun, Some(&arrival.key.task_id));
+        match admission {
+            Admission::Fresh(ticket) => self.execute(arrival, ticket, project).await,
             other => Ok(Self::without_running(arrival, other)),
         }
     }
 
-    async fn wait_for_turn(&self, arrival: &Arrival, ticket: Ticket) -> Result<Waited, Interrupted> {
-        let queued = self.turns.queue(&arrival.task, ticket.place);
-        arrival.line.pass();
-        let Some(mut queued) = queued else { return Ok(Waited::TooMany) };
-        self.observer.reached(Step::Queued, Some(&arrival.key.task_id));
+    async fn wait_for_turn(
+        &self,
+        arrival: &Arrival,
+        ticket: Ticket,
+        mut queued: Queued,
+    ) -> Result<Waited, Interrupted> {
         if self.soft.is_cancelled() {
             return Err(Interrupted::Stopping);
-        }
-        if let Some(turn) = queued.at_once() {
-            return Ok(Waited::Turn(turn));
         }
         let project = self.executor.project(arrival.task.project).await;
         self.reporter.accepted(&About { attempt: 0, ..arrival.about(ticket, project) });
@@ -148,8 +188,7 @@ impl Worker {
     }
 
     /// Asks the journal again and, if the task is still wanted, notes that its attempt begins.
-    async fn begin(self: &Arc<Self>, arrival: &Arrival) -> Result<Admission, Interrupted> {
-        let mark = self.executor.project(arrival.task.project).await.mark;
+    async fn begin(self: &Arc<Self>, arrival: &Arrival, mark: Option<Place>) -> Result<Admission, Interrupted> {
         let mut sighting = arrival.sighting(mark, &self.boot, self.clock.now(), self.settings.retry.longest_wait());
         // It came in time; that it waited here does not make it early again.
         sighting.not_before = None;
@@ -163,15 +202,17 @@ impl Worker {
             }
             admission
         });
-        let admission = step.await?;
-        self.observer.reached(Step::Begun, Some(&arrival.key.task_id));
-        Ok(admission)
+        Ok(step.await?)
     }
 
     /// One attempt, within its bounds.
-    async fn execute(self: &Arc<Self>, arrival: &Arrival, ticket: Ticket) -> Result<Ending, Interrupted> {
+    async fn execute(
+        self: &Arc<Self>,
+        arrival: &Arrival,
+        ticket: Ticket,
+        project: ProjectState,
+    ) -> Result<Ending, Interrupted> {
         let started = Instant::now();
-        let project = self.executor.project(arrival.task.project).await;
         let about = arrival.about(ticket, project);
         self.active.running(&arrival.key, arrival.task.project);
         self.reporter.started(&about);
@@ -259,8 +300,6 @@ impl Worker {
 enum Waited {
     /// A slot and the project's turn.
     Turn(Turn),
-    /// The project has too many waiting here.
-    TooMany,
     /// It waited as long as it may.
     TooLong,
     /// The master cancelled it.

@@ -59,7 +59,7 @@ impl Fence for TakesTurn<'_> {
         let taken = || self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         while taken().is_none() {
             let Entry { project, kind, place, .. } = *self.entry;
-            let Some(mut queued) = self.worker.turns.queue_work(project, kind, Priority::Normal, place) else {
+            let Some(mut queued) = self.worker.turns.queue_work((project, kind, Priority::Normal), place) else {
                 tokio::select! {
                     () = self.stop.cancelled() => return Err(stopped()),
                     () = tokio::time::sleep(CROWDED) => continue,

@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    protocol::{Kind, Place, Priority, ProjectId, Task},
+    protocol::{Kind, Place, Priority, ProjectId},
     schedule::{Number, Schedule, Waiting},
 };
 
@@ -44,17 +44,10 @@ impl Turns {
         Arc::new(Self { inner: Mutex::new(inner) })
     }
 
-    /// Queues a task; nothing if its project has too many waiting.
-    pub(super) fn queue(self: &Arc<Self>, task: &Task, place: Place) -> Option<Queued> {
-        self.queue_work(task.project, task.kind(), task.priority, place)
-    }
-
-    /// Queues work on a project that no task of its own asks for; nothing if its project has too many waiting.
+    /// Queues work on a project; nothing if its project has too many waiting.
     pub(super) fn queue_work(
         self: &Arc<Self>,
-        project: ProjectId,
-        kind: Kind,
-        priority: Priority,
+        (project, kind, priority): (ProjectId, Kind, Priority),
         place: Place,
     ) -> Option<Queued> {
         let (wake, granted) = oneshot::channel();

@@ -5,10 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use lapin::{Channel, Connection, options::BasicNackOptions};
 
-use super::{
-    convert, declare,
-    session::{Hold, Tag},
-};
+use super::{acks::Hold, convert, declare, session::Tag};
 use crate::broker::{BrokerError, Browse, Delivery};
 
 /// The delivery tag that, with `multiple`, means every message that is held.

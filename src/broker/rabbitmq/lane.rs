@@ -6,11 +6,12 @@
 //! a confirm came without a return, or no confirm is outstanding, every return up to then has been handed out.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, HashMap, VecDeque},
     future::poll_fn,
+    hash::{DefaultHasher, Hash, Hasher},
     pin::Pin,
     sync::{Arc, Weak},
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -24,12 +25,15 @@ use super::{
     convert,
     dial::words,
     link::{self, Line, State},
+    news::{News, Number},
     waits::Waits,
 };
 use crate::broker::{Outgoing, PublishError};
 
 /// Publishes in flight on one channel.
 const WINDOW: usize = 512;
+/// How often it is looked whether anybody still waits for what flies: nobody gives up sooner than in seconds.
+const SHED_INTERVAL: Duration = Duration::from_millis(250);
 /// A confirm that carried another's return waits this long for its own, which is in the same bytes from the broker.
 const GRACE: Duration = Duration::from_millis(50);
 /// For the broker's answer to a new channel.
@@ -54,10 +58,12 @@ impl Request {
             && self.outgoing.message.message_id.as_deref().map(convert::cut) == *id
     }
 
-    /// Whether returns could not tell the two apart.
-    fn looks_like(&self, other: &Self) -> bool {
-        let (a, b) = (&self.outgoing, &other.outgoing);
-        a.message.message_id == b.message.message_id && a.exchange == b.exchange && a.routing_key == b.routing_key
+    /// What a return tells of it: returns cannot tell two of the same face apart.
+    fn face(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        let outgoing = &self.outgoing;
+        (&outgoing.message.message_id, &outgoing.exchange, &outgoing.routing_key).hash(&mut hasher);
+        hasher.finish()
     }
 
     fn answer(self, verdict: Result<(), PublishError>) {
@@ -76,7 +82,9 @@ type Confirm = Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>
 /// A publish in flight.
 struct Sent {
     request: Request,
+    face: u64,
     confirm: Option<Confirm>,
+    bell: Waker,
     outcome: Option<Outcome>,
     returned: bool,
 }
@@ -97,12 +105,20 @@ pub(super) struct Lane {
     /// Weak, since the pool makes no other connection while this one is in use.
     channel: Option<(Channel, Weak<Line>)>,
     backlog: VecDeque<Request>,
-    flight: Vec<Sent>,
+    flight: BTreeMap<Number, Sent>,
+    /// The faces of what flies, with how many have each.
+    faces: HashMap<u64, usize>,
+    /// Publishes of which the broker has said something that was not answered yet.
+    heard: Vec<Number>,
+    news: Arc<News>,
+    next: Number,
     window: usize,
     waits: Waits,
     /// A queue was full. The broker may have told the channel once and for all: a quorum queue that is given room by a
     /// policy, and not by a consumer, never takes that back.
     refused: bool,
+    /// When it was last looked whether anybody still waits for what flies.
+    shed_at: Instant,
 }
 
 impl Lane {
@@ -113,10 +129,15 @@ impl Lane {
             link,
             channel: None,
             backlog: VecDeque::new(),
-            flight: Vec::new(),
+            flight: BTreeMap::new(),
+            faces: HashMap::new(),
+            heard: Vec::new(),
+            news: Arc::default(),
+            next: 0,
             window: WINDOW,
             waits: Waits::new(),
             refused: false,
+            shed_at: Instant::now(),
         }
     }
 
@@ -178,7 +199,8 @@ impl Lane {
             if request.abandoned() {
                 continue;
             }
-            if request.outgoing.mandatory && self.flight.iter().any(|sent| sent.request.looks_like(&request)) {
+            let face = request.face();
+            if request.outgoing.mandatory && self.faces.contains_key(&face) {
                 later.push_back(request);
                 continue;
             }
@@ -194,7 +216,14 @@ impl Lane {
             let confirm: Confirm = Box::pin(async move {
                 channel.basic_publish(exchange, routing_key, options, &body, properties).await?.await
             });
-            self.flight.push(Sent { request, confirm: Some(confirm), outcome: None, returned: false });
+            let number = self.next;
+            self.next += 1;
+            let bell = self.news.bell(number);
+            // Its first look is what sends it.
+            bell.wake_by_ref();
+            *self.faces.entry(face).or_default() += 1;
+            let sent = Sent { request, face, confirm: Some(confirm), bell, outcome: None, returned: false };
+            self.flight.insert(number, sent);
         }
         later.append(&mut self.backlog);
         self.backlog = later;
@@ -202,18 +231,19 @@ impl Lane {
 
     /// Waits for a confirm or a request.
     async fn wait(&mut self) {
-        let doubt = self.flight.iter().filter_map(|sent| match sent.outcome {
+        let doubt = self.heard.iter().filter_map(|number| match self.flight.get(number)?.outcome {
             Some(Outcome::Doubtful(since)) => Some(since + GRACE),
             _ => None,
         });
         let doubt = doubt.min();
-        let (flight, requests) = (&mut self.flight, &mut self.requests);
+        let (flight, heard, news, requests) = (&mut self.flight, &mut self.heard, &*self.news, &mut self.requests);
+        let room = self.backlog.is_empty() && flight.len() < self.window;
         tokio::select! {
             biased;
-            () = poll_fn(|cx| listen(flight, cx)) => {}
+            () = poll_fn(|cx| listen(flight, heard, news, cx)) => {}
             () = tokio::time::sleep_until(doubt.unwrap_or_else(Instant::now)), if doubt.is_some() => {}
             // Before more is taken, what was taken is sent; a closed queue of requests is no news while some fly.
-            Some(request) = requests.recv(), if self.backlog.is_empty() && flight.len() < self.window => {
+            Some(request) = requests.recv(), if room => {
                 self.backlog.push_back(request);
                 while self.backlog.len() < WINDOW && let Ok(request) = requests.try_recv() {
                     self.backlog.push_back(request);
@@ -226,15 +256,16 @@ impl Lane {
 
     /// Answers whom it can.
     fn judge(&mut self) {
-        let broken = self.flight.iter().find_map(|sent| match &sent.outcome {
+        let heard = std::mem::take(&mut self.heard);
+        let broken = heard.iter().find_map(|number| match &self.flight.get(number)?.outcome {
             Some(Outcome::Broken(error)) => Some(error.clone()),
             _ => None,
         });
-        let outstanding = broken.is_none() && self.flight.iter().any(|sent| sent.outcome.is_none());
+        let outstanding = broken.is_none() && self.flight.len() > heard.len();
         let now = Instant::now();
-        let mut flying = Vec::with_capacity(self.flight.len());
         let mut unanswered = Vec::new();
-        for sent in self.flight.drain(..) {
+        for number in heard {
+            let Some(sent) = self.land(number) else { continue };
             let Outgoing { exchange, routing_key, mandatory, .. } = &sent.request.outgoing;
             match sent.outcome {
                 _ if sent.returned => {
@@ -246,19 +277,42 @@ impl Lane {
                     let exchange = exchange.clone();
                     sent.request.answer(Err(PublishError::Refused { exchange }));
                 }
-                Some(Outcome::Doubtful(since)) if *mandatory && outstanding && now < since + GRACE => flying.push(sent),
+                Some(Outcome::Doubtful(since)) if *mandatory && outstanding && now < since + GRACE => {
+                    self.heard.push(number);
+                    *self.faces.entry(sent.face).or_default() += 1;
+                    self.flight.insert(number, sent);
+                }
                 Some(Outcome::Confirmed | Outcome::Doubtful(_)) => sent.request.answer(Ok(())),
-                Some(Outcome::Broken(_)) => unanswered.push(sent.request),
-                None if broken.is_some() => unanswered.push(sent.request),
-                None => flying.push(sent),
+                Some(Outcome::Broken(_)) | None => unanswered.push((number, sent.request)),
             }
         }
-        self.flight = flying;
         if let Some(error) = broken {
             self.channel = None;
-            self.again(unanswered, &error);
+            unanswered.extend(self.ground());
+            unanswered.sort_unstable_by_key(|(number, _)| *number);
+            self.again(unanswered.into_iter().map(|(_, request)| request).collect(), &error);
         }
         self.shed();
+    }
+
+    /// Takes one out of the flight.
+    fn land(&mut self, number: Number) -> Option<Sent> {
+        let sent = self.flight.remove(&number)?;
+        if let Some(count) = self.faces.get_mut(&sent.face) {
+            *count -= 1;
+            if *count == 0 {
+                self.faces.remove(&sent.face);
+            }
+        }
+        Some(sent)
+    }
+
+    /// Takes all out of the flight, the oldest first.
+    fn ground(&mut self) -> Vec<(Number, Request)> {
+        self.faces.clear();
+        self.heard.clear();
+        drop(self.news.take());
+        std::mem::take(&mut self.flight).into_iter().map(|(number, sent)| (number, sent.request)).collect()
     }
 
     /// Sorts out who broke the channel; everybody else is sent again.
@@ -290,17 +344,25 @@ impl Lane {
     fn shed(&mut self) {
         let Some((_, line)) = &self.channel else { return };
         let line = line.upgrade().filter(|line| line.connected());
-        let abandoned = self.flight.iter().filter(|sent| sent.request.abandoned()).count();
-        let unconfirmed = abandoned > 0 && abandoned * 2 >= self.window;
-        if line.as_ref().is_none_or(|line| unconfirmed && !line.blocked()) {
+        if line.as_ref().is_none_or(|line| !line.blocked() && self.confirms_nothing()) {
             if line.is_some() {
-                tracing::warn!(publishes = abandoned, "the broker confirms nothing; opening another channel");
+                tracing::warn!("the broker confirms nothing; opening another channel");
             }
             self.channel = None;
-            for sent in self.flight.drain(..).rev() {
-                self.backlog.push_front(sent.request);
+            for (_, request) in self.ground().into_iter().rev() {
+                self.backlog.push_front(request);
             }
         }
+    }
+
+    /// Whether half of the window is taken by publishes that nobody waits for any more.
+    fn confirms_nothing(&mut self) -> bool {
+        if self.shed_at.elapsed() < SHED_INTERVAL {
+            return false;
+        }
+        self.shed_at = Instant::now();
+        let abandoned = self.flight.values().filter(|sent| sent.request.abandoned()).count();
+        abandoned > 0 && abandoned * 2 >= self.window
     }
 }
 
@@ -310,18 +372,23 @@ fn is_fault(error: &lapin::Error) -> bool {
         if matches!(error.kind(), lapin::protocol::AMQPErrorKind::Soft(_)))
 }
 
-/// Polls every confirm until a whole round brings nothing new: what was confirmed before the last that was seen has
-/// then been seen too, with the returns it carried.
-fn listen(flight: &mut [Sent], cx: &mut Context<'_>) -> Poll<()> {
-    let mut any = false;
+/// Looks at every confirm that there is news of, until there is none: what was confirmed before the last that was seen
+/// rang before it and has then been seen too, with the returns it carried.
+fn listen(flight: &mut BTreeMap<Number, Sent>, heard: &mut Vec<Number>, news: &News, cx: &mut Context<'_>) -> Poll<()> {
+    news.wake(cx.waker());
+    let mut carried = Vec::new();
+    let before = heard.len();
     loop {
-        let mut carried = Vec::new();
-        let mut fresh = 0;
-        for sent in flight.iter_mut() {
+        let numbers = news.take();
+        if numbers.is_empty() {
+            break;
+        }
+        for number in numbers {
+            let Some(sent) = flight.get_mut(&number) else { continue };
             let Some(confirm) = &mut sent.confirm else { continue };
-            let Poll::Ready(confirmed) = confirm.as_mut().poll(cx) else { continue };
+            let Poll::Ready(confirmed) = confirm.as_mut().poll(&mut Context::from_waker(&sent.bell)) else { continue };
             sent.confirm = None;
-            fresh += 1;
+            heard.push(number);
             sent.outcome = Some(match confirmed {
                 Ok(Confirmation::Ack(None)) => Outcome::Confirmed,
                 Ok(Confirmation::Ack(Some(returned))) => {
@@ -339,14 +406,11 @@ fn listen(flight: &mut [Sent], cx: &mut Context<'_>) -> Poll<()> {
                 Err(error) => Outcome::Broken(error),
             });
         }
-        for returned in carried {
-            if let Some(sent) = flight.iter_mut().find(|sent| sent.request.is(&returned)) {
-                sent.returned = true;
-            }
-        }
-        any |= fresh > 0;
-        if fresh == 0 {
-            return if any { Poll::Ready(()) } else { Poll::Pending };
+    }
+    for returned in carried {
+        if let Some(sent) = flight.values_mut().find(|sent| sent.request.is(&returned)) {
+            sent.returned = true;
         }
     }
+    if heard.len() > before { Poll::Ready(()) } else { Poll::Pending }
 }

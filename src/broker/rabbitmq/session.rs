@@ -6,9 +6,7 @@ use async_trait::async_trait;
 use futures_util::StreamExt as _;
 use lapin::{
     Acker, Channel,
-    options::{
-        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions,
-    },
+    options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     protocol::AMQPSoftError,
     types::{FieldTable, ShortString},
 };
@@ -16,6 +14,7 @@ use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    acks::Hold,
     convert, declare,
     dial::{is_refusal, words},
     link::{Line, State},
@@ -24,29 +23,14 @@ use super::{
 use crate::broker::{BrokerError, Consume, Delivery, Health, Inbox, Settle, Settlement, StaleDelivery, inbox::stopped};
 
 /// For the broker's part in opening or closing a session.
-const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a quiet session is looked at: a lost channel is noticed even if nothing said so.
 const GLANCE: Duration = Duration::from_secs(1);
 
-/// Keeps a channel open while deliveries of it are in hand, and knows when they can no longer be settled.
-pub(super) struct Hold {
-    ended: CancellationToken,
-    _channel: Channel,
-}
-
-impl Hold {
-    pub(super) fn new(channel: Channel) -> Arc<Self> {
-        Arc::new(Self { ended: CancellationToken::new(), _channel: channel })
-    }
-
-    /// From now on nothing is sent for its deliveries.
-    pub(super) fn end(&self) {
-        self.ended.cancel();
-    }
-}
-
 /// The right to settle one delivery of one session.
 pub(super) struct Tag {
+    number: u64,
+    /// Only asked whether its channel has ended: settling is its hold's.
     acker: Acker,
     hold: Arc<Hold>,
 }
@@ -54,7 +38,8 @@ pub(super) struct Tag {
 impl Tag {
     /// Wraps what lapin delivered.
     pub(super) fn deliver(arrived: lapin::message::Delivery, hold: &Arc<Hold>) -> Delivery {
-        let tag = Self { acker: arrived.acker, hold: Arc::clone(hold) };
+        let tag = Self { number: arrived.delivery_tag, acker: arrived.acker, hold: Arc::clone(hold) };
+        hold.delivered(tag.number);
         Delivery::new(
             convert::message(&arrived.properties, arrived.data),
             arrived.exchange.to_string(),
@@ -71,28 +56,11 @@ impl Settle for Tag {
         if self.is_stale() {
             return Err(StaleDelivery);
         }
-        let settling = async {
-            match settlement {
-                Settlement::Ack => self.acker.ack(BasicAckOptions::default()).await,
-                Settlement::Requeue => self.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await,
-                Settlement::Reject => self.acker.reject(BasicRejectOptions { requeue: false }).await,
-            }
-        };
-        // What is asked of a connection in the moment in which it ends may never be answered.
-        let settled = tokio::select! {
-            biased;
-            settled = settling => settled,
-            () = self.hold.ended.cancelled() => return Err(StaleDelivery),
-            () = tokio::time::sleep(STEP_TIMEOUT) => return Err(StaleDelivery),
-        };
-        match settled {
-            Ok(true) => Ok(()),
-            Ok(false) | Err(_) => Err(StaleDelivery),
-        }
+        self.hold.settle(self.number, settlement).await
     }
 
     fn is_stale(&self) -> bool {
-        self.hold.ended.is_cancelled() || self.acker.poisoned()
+        self.hold.has_ended() || self.acker.poisoned()
     }
 }
 
