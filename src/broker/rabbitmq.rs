@@ -18,7 +18,7 @@ mod waits;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, atomic::AtomicUsize},
     time::Duration,
 };
 
@@ -48,6 +48,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// A broker reached over AMQP 0-9-1. Connects when first used.
 pub struct RabbitMq {
     targets: Arc<Vec<Target>>,
+    /// The address that both connections begin with.
+    first: Arc<AtomicUsize>,
     confirm_timeout: Duration,
     publisher: OnceLock<Publisher>,
     consuming: OnceLock<Link>,
@@ -88,6 +90,7 @@ impl RabbitMq {
     pub async fn connect(settings: &BrokerSettings, app: &str) -> Result<Self, BrokerError> {
         Ok(Self {
             targets: Arc::new(Target::all(settings, app)?),
+            first: Arc::default(),
             confirm_timeout: settings.confirm_timeout,
             publisher: OnceLock::new(),
             consuming: OnceLock::new(),
@@ -137,7 +140,7 @@ impl RabbitMq {
     fn publisher(&self) -> &Publisher {
         self.publisher.get_or_init(|| {
             let pools = self.targets.iter().map(pool).collect();
-            let link = Link::start(Arc::clone(&self.targets), Source::Pools(pools), self.health.clone());
+            let link = self.link(Source::Pools(pools), self.health.clone());
             let lane = || {
                 let (requests, queue) = mpsc::channel(LANE_QUEUE);
                 tokio::spawn(Lane::new(queue, link.state()).run());
@@ -152,14 +155,22 @@ impl RabbitMq {
     fn consuming(&self) -> &Link {
         self.consuming.get_or_init(|| {
             let health = watch::Sender::new(Health::Down);
-            Link::start(Arc::clone(&self.targets), Source::Own, health)
+            self.link(Source::Own, health)
         })
+    }
+
+    fn link(&self, source: Source, health: watch::Sender<Health>) -> Link {
+        Link::start(Arc::clone(&self.targets), Arc::clone(&self.first), source, health)
     }
 
     /// Asks the broker something on the publishing connection, within a time.
     async fn ask<T>(&self, asking: impl AsyncFnOnce(&Line) -> Result<T, BrokerError>) -> Result<T, BrokerError> {
         let line = self.publisher().link.now().await?;
         tokio::time::timeout(ANSWER_TIMEOUT, asking(&line)).await.unwrap_or_else(|_| {
+            // In an alarm it does not even read the question.
+            if !line.blocked() {
+                line.give_up(&format!("it answered no question for {ANSWER_TIMEOUT:?}"));
+            }
             let address = self.targets[0].address.to_string();
             Err(BrokerError::Unreachable { address, reason: "no answer in time".to_owned() })
         })
@@ -207,6 +218,11 @@ impl Broker for RabbitMq {
                 let reason = match &*state.borrow() {
                     State::Failed(error) => format!("cannot reach {}: {}", error.address, error.reason),
                     State::Up(line) if line.blocked() => "it has an alarm and takes no messages".to_owned(),
+                    State::Up(line) if line.unanswering() >= self.confirm_timeout => {
+                        let reason = format!("it confirmed nothing for {:?}", self.confirm_timeout);
+                        line.give_up(&reason);
+                        reason
+                    }
                     _ => format!("no answer within {:?}", self.confirm_timeout),
                 };
                 Err(PublishError::Unconfirmed { reason })

@@ -7,6 +7,7 @@ use lapin::{Channel, Connection, options::BasicNackOptions};
 
 use super::{
     convert, declare,
+    link::Line,
     session::{Hold, Tag},
 };
 use crate::broker::{BrokerError, Browse, Delivery};
@@ -19,7 +20,7 @@ pub(super) struct Reader {
     queue: String,
     hold: Arc<Hold>,
     channel: Channel,
-    connection: Connection,
+    line: Line,
     /// Whether anything was read.
     has_read: bool,
 }
@@ -27,15 +28,14 @@ pub(super) struct Reader {
 impl Reader {
     /// Opens `queue`, which must exist.
     pub(super) async fn open(connection: Connection, queue: &str) -> Result<Self, BrokerError> {
-        let line = super::link::Line::Own(connection);
+        let line = Line::own(connection);
         if declare::depth(&line, queue).await?.is_none() {
             let reason = "there is no such queue".to_owned();
             return Err(BrokerError::Refused { what: format!("queue {queue:?}"), reason });
         }
-        let super::link::Line::Own(connection) = line else { unreachable!("it was made three lines above") };
-        let channel = connection.create_channel().await.map_err(|error| declare::refused("a channel", &error))?;
+        let channel = line.channel().await.map_err(|error| declare::refused("a channel", &error))?;
         let hold = Hold::new(channel.clone());
-        Ok(Self { queue: queue.to_owned(), hold, channel, connection, has_read: false })
+        Ok(Self { queue: queue.to_owned(), hold, channel, line, has_read: false })
     }
 }
 
@@ -61,7 +61,7 @@ impl Browse for Reader {
         }
         // The broker's answer to the close comes after it has dealt with the nack.
         self.channel.close(200, "read".into()).await.map_err(|error| declare::refused(&what, &error))?;
-        let _ = self.connection.close(200, "read".into()).await;
+        self.line.close("read").await;
         Ok(())
     }
 }

@@ -216,6 +216,7 @@ impl Lane {
         });
         let outstanding = broken.is_none() && self.flight.iter().any(|sent| sent.outcome.is_none());
         let now = Instant::now();
+        self.note_answers();
         let mut flying = Vec::with_capacity(self.flight.len());
         let mut unanswered = Vec::new();
         for sent in self.flight.drain(..) {
@@ -242,6 +243,17 @@ impl Lane {
             self.again(unanswered, &error);
         }
         self.shed();
+    }
+
+    /// Lets the connection know that the broker answers on it.
+    fn note_answers(&self) {
+        let answer =
+            |sent: &Sent| matches!(sent.outcome, Some(Outcome::Confirmed | Outcome::Doubtful(_) | Outcome::Nacked));
+        if self.flight.iter().any(answer)
+            && let Some(line) = self.channel.as_ref().and_then(|(_, line)| line.upgrade())
+        {
+            line.answered();
+        }
     }
 
     /// Sorts out who broke the channel; everybody else is sent again.
