@@ -268,7 +268,14 @@ impl Broker for RabbitMq {
     async fn declare(&self, topology: &Topology) -> Result<(), BrokerError> {
         self.ask(async |line| {
             let channel = line.channel().await.map_err(|error| declare::refused("a channel", &error))?;
-            declare::declare(&channel, topology).await.map_err(|(what, error)| declare::refused(&what, &error))
+            match declare::declare(&channel, topology).await {
+                // A classic queue is on one node only. Whoever consumes it tries again; nobody else may wait for that.
+                Err((what, error)) if declare::is_away(&what, &error) => {
+                    tracing::warn!(error = dial::words(&error), "a queue cannot be used for now");
+                    Ok(())
+                }
+                declared => declared.map_err(|(what, error)| declare::refused(&what, &error)),
+            }
         })
         .await
     }

@@ -37,7 +37,7 @@ fn hostile() -> BasicProperties {
         ("x-death", AMQPValue::FieldArray(FieldArray::from(vec![AMQPValue::FieldTable(death)]))),
         ("x-first-death-queue", text("elsewhere")),
         ("x-delay", AMQPValue::LongLongInt(1)),
-        ("x", text(&"x".repeat(100_000))),
+        ("x", text(&"x".repeat(60_000))),
         ("x-haul-history", text(&"h\n".repeat(10_000))),
         ("x-haul-error-class", text("forged")),
         ("x-haul-attempts", AMQPValue::LongLongInt(i64::MIN)),

@@ -19,7 +19,7 @@ fn failing(number: usize) -> Value {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_letter_exchange_that_is_missing_when_a_task_fails() {
     let (_together, rabbit) = together().await;
-    let mut agent = Agent::new(rabbit).await;
+    let (mut agent, upstream) = (Agent::new(rabbit).await, Repository::new());
     agent.start(&[]);
     agent.ready().await;
     let exchange = agent.names.dlx();
@@ -27,7 +27,7 @@ async fn a_dead_letter_exchange_that_is_missing_when_a_task_fails() {
     agent.publish(&failing(0)).await;
     agent.until_async("the letter not to be taken", async || agent.log().contains("owed message not taken")).await;
     // Others are not held up by it.
-    agent.publish(&Agent::clone_task("fine", 1, &Repository::new(), "1_app")).await;
+    agent.publish(&Agent::clone_task("fine", 1, &upstream, "1_app")).await;
     assert_eq!(agent.end("fine", 0).await.status, Status::Succeeded);
     // First the letter, then the word of the end.
     assert!(agent.terminal_states("fails-0", 0).is_empty());

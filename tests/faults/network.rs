@@ -113,7 +113,7 @@ async fn connections_with_half_a_second_of_latency() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_loss_the_next_address_is_tried_first() {
     let (_together, rabbit) = together().await;
-    let proxies = [Proxy::start(rabbit).await, Proxy::start(rabbit).await];
+    let (proxies, upstream) = ([Proxy::start(rabbit).await, Proxy::start(rabbit).await], Repository::new());
     let mut agent = Agent::new(rabbit).await;
     agent.set("AGENT_AMQP_URL", &format!("{},{}", proxies[0].url, proxies[1].url));
     agent.start(&[]);
@@ -123,6 +123,6 @@ async fn after_a_loss_the_next_address_is_tried_first() {
     proxies[0].stall();
     agent.until_async("the other address to be used", async || proxies[1].opened() >= 2).await;
     assert_eq!(proxies[0].opened(), before);
-    agent.publish(&Agent::clone_task("there", 1, &Repository::new(), "1_app")).await;
+    agent.publish(&Agent::clone_task("there", 1, &upstream, "1_app")).await;
     assert_eq!(agent.end("there", 0).await.status, Status::Succeeded);
 }

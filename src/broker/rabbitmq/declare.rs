@@ -109,6 +109,12 @@ pub(super) fn is(error: &lapin::Error, reason: &AMQPSoftError) -> bool {
         if matches!(error.kind(), AMQPErrorKind::Soft(soft) if soft == reason))
 }
 
+/// Whether `what` exists and the node of the cluster that has it is away: a declare makes what is missing, so that it finds
+/// nothing means this alone. What a binding does not find is missing.
+pub(super) fn is_away(what: &str, error: &lapin::Error) -> bool {
+    what.starts_with("queue ") && is(error, &AMQPSoftError::NOTFOUND)
+}
+
 /// The broker's no, in our words around its own.
 pub(super) fn refused(what: &str, error: &lapin::Error) -> BrokerError {
     let reason = words(error);

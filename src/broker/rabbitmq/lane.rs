@@ -98,6 +98,9 @@ pub(super) struct Lane {
     flight: Vec<Sent>,
     window: usize,
     waits: Waits,
+    /// A queue was full. The broker may have told the channel once and for all: a quorum queue that is given room by a
+    /// policy, and not by a consumer, never takes that back.
+    refused: bool,
 }
 
 impl Lane {
@@ -111,6 +114,7 @@ impl Lane {
             flight: Vec::new(),
             window: WINDOW,
             waits: Waits::new(),
+            refused: false,
         }
     }
 
@@ -126,9 +130,14 @@ impl Lane {
             if self.channel.is_none() && !self.open().await {
                 return;
             }
-            self.send();
+            if !self.refused {
+                self.send();
+            }
             self.wait().await;
             self.judge();
+            if self.refused && self.flight.is_empty() {
+                (self.channel, self.refused) = (None, false);
+            }
         }
     }
 
@@ -227,6 +236,7 @@ impl Lane {
                     sent.request.answer(Err(PublishError::Unroutable { exchange, routing_key }));
                 }
                 Some(Outcome::Nacked) => {
+                    self.refused = true;
                     let exchange = exchange.clone();
                     sent.request.answer(Err(PublishError::Refused { exchange }));
                 }
