@@ -120,7 +120,11 @@ async fn listing_again_and_again_loses_no_dead_letter_and_changes_no_order() {
         times.push(begun.elapsed());
         let first = first.get_or_insert_with(|| listed.clone());
         assert_eq!(listed.len(), letters, "list {number}");
-        assert!(listed == *first, "list {number} has another order");
+        let parting = listed.iter().zip(first.iter()).position(|(one, other)| one != other);
+        if let Some(at) = parting {
+            let part = |list: &[String]| list[at..list.len().min(at + 8)].join(" ");
+            panic!("list {number} has another order from {at} on: {}; before: {}", part(&listed), part(first));
+        }
     }
     let wanted: BTreeSet<_> = (0..letters).map(|number| format!("t-{number}")).collect();
     assert_eq!(first.unwrap().into_iter().collect::<BTreeSet<_>>(), wanted);
@@ -145,7 +149,7 @@ async fn a_replay_of_many_keeps_to_its_rate_and_reports_each() {
     println!("{letters} letters at {rate}/s in {whole:?}, due in {due:?}");
     assert!(whole > due.mul_f64(0.99), "too fast: {whole:?} instead of {due:?}");
     // A machine that has much else to do is slower; far slower would be another fault.
-    assert!(whole < due * 3, "too slow: {whole:?} instead of {due:?}");
+    assert!(whole < due * 2 + Duration::from_secs(20), "too slow: {whole:?} instead of {due:?}");
     // In no second more than it may be; what is read here may have waited in the pipe for a moment.
     for (index, (at, _)) in told.iter().enumerate() {
         let within = told[index..].iter().take_while(|(later, _)| *later - *at < Duration::from_secs(1)).count();

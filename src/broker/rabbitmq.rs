@@ -163,6 +163,15 @@ impl RabbitMq {
         Link::start(Arc::clone(&self.targets), Arc::clone(&self.first), source, health)
     }
 
+    /// Gives up a publishing connection on which nothing at all was confirmed for as long as a publish may take.
+    fn doubt(&self, state: &State) {
+        if let State::Up(line) = state
+            && line.unconfirming() >= self.confirm_timeout
+        {
+            line.give_up(&format!("it confirmed nothing for {:?}", self.confirm_timeout));
+        }
+    }
+
     /// Asks the broker something on the publishing connection, within a time.
     async fn ask<T>(&self, asking: impl AsyncFnOnce(&Line) -> Result<T, BrokerError>) -> Result<T, BrokerError> {
         let line = self.publisher().link.now().await?;
@@ -212,18 +221,21 @@ impl Broker for RabbitMq {
             answer.await.ok()
         };
         match tokio::time::timeout(self.confirm_timeout, asking).await {
-            Ok(Some(answer)) => answer,
+            Ok(Some(answer)) => {
+                if matches!(answer, Err(PublishError::Refused { .. })) {
+                    self.doubt(&state.borrow());
+                }
+                answer
+            }
             Ok(None) => Err(PublishError::Unconfirmed { reason: "the connection was closed".to_owned() }),
             Err(_) => {
                 let reason = match &*state.borrow() {
                     State::Failed(error) => format!("cannot reach {}: {}", error.address, error.reason),
                     State::Up(line) if line.blocked() => "it has an alarm and takes no messages".to_owned(),
-                    State::Up(line) if line.unanswering() >= self.confirm_timeout => {
-                        let reason = format!("it confirmed nothing for {:?}", self.confirm_timeout);
-                        line.give_up(&reason);
-                        reason
+                    state => {
+                        self.doubt(state);
+                        format!("no answer within {:?}", self.confirm_timeout)
                     }
-                    _ => format!("no answer within {:?}", self.confirm_timeout),
                 };
                 Err(PublishError::Unconfirmed { reason })
             }

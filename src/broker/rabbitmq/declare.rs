@@ -4,7 +4,7 @@ use std::future::Future;
 
 use lapin::{
     Channel, ErrorKind, ExchangeKind as Kind,
-    options::{BasicGetOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
 };
@@ -133,9 +133,4 @@ fn kind(kind: ExchangeKind) -> Kind {
         ExchangeKind::Fanout => Kind::Fanout,
         ExchangeKind::Topic => Kind::Topic,
     }
-}
-
-/// Reads one message and leaves it unsettled.
-pub(super) fn reading() -> BasicGetOptions {
-    BasicGetOptions { no_ack: false }
 }

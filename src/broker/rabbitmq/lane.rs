@@ -225,7 +225,7 @@ impl Lane {
         });
         let outstanding = broken.is_none() && self.flight.iter().any(|sent| sent.outcome.is_none());
         let now = Instant::now();
-        self.note_answers();
+        self.note_confirms();
         let mut flying = Vec::with_capacity(self.flight.len());
         let mut unanswered = Vec::new();
         for sent in self.flight.drain(..) {
@@ -255,14 +255,14 @@ impl Lane {
         self.shed();
     }
 
-    /// Lets the connection know that the broker answers on it.
-    fn note_answers(&self) {
-        let answer =
-            |sent: &Sent| matches!(sent.outcome, Some(Outcome::Confirmed | Outcome::Doubtful(_) | Outcome::Nacked));
-        if self.flight.iter().any(answer)
+    /// Lets the connection know that the broker takes messages on it; a refusal says nothing, since a node that is cut
+    /// off from the others refuses what it cannot pass on.
+    fn note_confirms(&self) {
+        let confirmed = |sent: &Sent| matches!(sent.outcome, Some(Outcome::Confirmed | Outcome::Doubtful(_)));
+        if self.flight.iter().any(confirmed)
             && let Some(line) = self.channel.as_ref().and_then(|(_, line)| line.upgrade())
         {
-            line.answered();
+            line.confirmed();
         }
     }
 

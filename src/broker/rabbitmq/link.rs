@@ -30,8 +30,8 @@ const SHORT_LIFE: Duration = Duration::from_secs(1);
 /// A connection, from the pool or of one's own.
 pub(super) struct Line {
     held: Held,
-    /// When the broker last answered a publish on it; at first, when it was made.
-    answered: Mutex<Instant>,
+    /// When the broker last confirmed a publish on it; at first, when it was made.
+    confirmed: Mutex<Instant>,
     given_up: CancellationToken,
 }
 
@@ -42,7 +42,7 @@ enum Held {
 
 impl Line {
     fn new(held: Held) -> Self {
-        Self { held, answered: Mutex::new(Instant::now()), given_up: CancellationToken::new() }
+        Self { held, confirmed: Mutex::new(Instant::now()), given_up: CancellationToken::new() }
     }
 
     /// A connection of one's own.
@@ -67,14 +67,14 @@ impl Line {
         self.connection().status().blocked()
     }
 
-    /// The broker answered a publish.
-    pub(super) fn answered(&self) {
-        *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    /// The broker confirmed a publish.
+    pub(super) fn confirmed(&self) {
+        *self.confirmed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// For how long it has answered no publish.
-    pub(super) fn unanswering(&self) -> Duration {
-        self.answered.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    /// For how long it has confirmed no publish.
+    pub(super) fn unconfirming(&self) -> Duration {
+        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
     /// Lets go of a connection that stands and is of no use: a node of a cluster that is cut off from the others answers
