@@ -1,8 +1,9 @@
 //! Reading a queue without taking anything out of it.
 //!
-//! Through a consumer whose channel is closed in the end, and neither by getting messages one by one nor by a `nack` of all
-//! of them: a quorum queue returns what a lost consumer held in the order in which it delivered it, and what is
-//! returned otherwise in the order of an unsorted map as soon as it is more than thirty-two messages.
+//! Through a consumer whose channel is closed in the end: a quorum queue returns what a lost consumer held in the order in
+//! which it delivered it. What is got one by one, or returned by a `nack`, comes back in the order of an unsorted map as
+//! soon as it is more than thirty-two messages. A few are returned by a `nack` all the same, since newer brokers do not count that
+//! as a failed delivery.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +11,7 @@ use async_trait::async_trait;
 use futures_util::StreamExt as _;
 use lapin::{
     Channel, Connection,
-    options::{BasicConsumeOptions, BasicQosOptions},
+    options::{BasicConsumeOptions, BasicNackOptions, BasicQosOptions},
     types::FieldTable,
 };
 
@@ -23,6 +24,10 @@ use crate::broker::{BrokerError, Browse, Delivery};
 
 /// Messages that one channel may hold: as many as can be asked for. Unlimited would be two thousand for a quorum queue.
 const WINDOW: u16 = u16::MAX;
+/// Messages that a `nack` returns in their order.
+const FEW: u32 = 32;
+/// The delivery tag that, with `multiple`, means every message that is held.
+const ALL: u64 = 0;
 /// How long nothing has to come until the broker is asked whether anything is left.
 const QUIET: Duration = Duration::from_millis(500);
 /// How often that may repeat before what is left counts as out of reach: others may hold it.
@@ -36,6 +41,8 @@ pub(super) struct Reader {
     windows: Vec<Window>,
     /// Messages that were there at the beginning and have not been read.
     due: u32,
+    /// There were few at the beginning.
+    few: bool,
 }
 
 /// A channel and what it may still bring.
@@ -55,7 +62,13 @@ impl Reader {
             return Err(BrokerError::Refused { what: format!("queue {queue:?}"), reason });
         };
         let first = Window::open(&line, queue).await?;
-        Ok(Self { queue: queue.to_owned(), line, windows: vec![first], due: depth.messages })
+        Ok(Self {
+            queue: queue.to_owned(),
+            line,
+            windows: vec![first],
+            due: depth.messages,
+            few: depth.messages <= FEW,
+        })
     }
 
     /// Whether nothing is left that could still come.
@@ -115,7 +128,15 @@ impl Browse for Reader {
         for window in &self.windows {
             window.hold.end();
         }
-        // One after the other, since they return in this order.
+        if let [window] = self.windows.as_slice()
+            && self.few
+            && (1..=FEW).contains(&u32::from(WINDOW - window.room))
+        {
+            // Those settled before are not affected.
+            let options = BasicNackOptions { multiple: true, requeue: true };
+            window.channel.basic_nack(ALL, options).await.map_err(|error| declare::refused(&what, &error))?;
+        }
+        // One after the other, since they return in this order; the answer comes after the broker has dealt with it.
         for window in &self.windows {
             window.channel.close(200, "read".into()).await.map_err(|error| declare::refused(&what, &error))?;
         }
