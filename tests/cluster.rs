@@ -45,6 +45,11 @@ async fn agent_at(cluster: &Cluster, first: usize) -> Agent {
     let upstream = Repository::new();
     let mut agent = Agent::at(&cluster.urls(first)).await;
     agent.set("AGENT_SLOTS", "2");
+    agent.set("AGENT_BROKER__MANAGEMENT_URL", &cluster.nodes[first].management_url);
+    // An administrator sets the policies, without which newer brokers wait a minute for a consumer that is gone.
+    let mut apply = agent.command(&["topology", "apply"]);
+    let applied = blocking(move || apply.output().unwrap()).await;
+    assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
     agent.start(&[]);
     agent.ready().await;
     for project in 0..PROJECTS {

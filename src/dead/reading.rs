@@ -18,6 +18,10 @@ const LONGEST_HOLD: Duration = Duration::from_mins(10);
 const HURRY: Duration = Duration::from_secs(5);
 /// How long the broker may take to count what was given back; whoever reads before that misses some.
 const COUNTED: Duration = Duration::from_secs(10);
+/// How often none at all are counted until that is believed: a leader that is busy with a large return answers so.
+const NONE_AT_ALL: u32 = 3;
+/// Between those.
+const BELIEVED: Duration = Duration::from_millis(300);
 /// Between two questions for its count.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 /// The broker's own count of a message's returns.
@@ -43,14 +47,14 @@ pub(super) struct Reading {
 impl Reading {
     /// Opens the queue for the letters that are there now.
     pub(super) async fn open(broker: &Arc<dyn Broker>, queue: &str, selection: &Selection) -> Result<Self, DeadError> {
-        let depth = broker.depth(queue).await?.ok_or_else(|| DeadError::NoQueue(queue.to_owned()))?;
+        let letters = count(broker, queue).await?;
         Ok(Self {
             browse: broker.browse(queue).await?,
             broker: Arc::clone(broker),
             queue: queue.to_owned(),
             filter: selection.filter.clone(),
             delivery_limit: selection.delivery_limit,
-            unread: depth.messages as usize,
+            unread: letters,
             wanted: selection.limit.unwrap_or(usize::MAX),
             position: 0,
             kept: 0,
@@ -143,6 +147,18 @@ impl Reading {
         }
         Ok(Self { browse, since: Instant::now(), ..self })
     }
+}
+
+/// How many letters there are.
+async fn count(broker: &Arc<dyn Broker>, queue: &str) -> Result<usize, DeadError> {
+    for _ in 0..NONE_AT_ALL {
+        let depth = broker.depth(queue).await?.ok_or_else(|| DeadError::NoQueue(queue.to_owned()))?;
+        if depth.messages > 0 {
+            return Ok(depth.messages as usize);
+        }
+        tokio::time::sleep(BELIEVED).await;
+    }
+    Ok(0)
 }
 
 /// Gives back `held` letters and waits until the broker counts them again: it takes them back on its own time, and the next

@@ -12,6 +12,8 @@ use crate::{
 
 /// Above the catch-all policies that broker operators usually have.
 const PRIORITY: i64 = 50;
+/// How long a queue waits for consumers whose node of the cluster is gone.
+const DISCONNECTED: Duration = Duration::from_secs(3);
 /// What an attempt may take besides its deadline: waiting in the agent, stopping children, settling.
 pub const DEADLINE_MARGIN: Duration = Duration::from_mins(5);
 
@@ -22,6 +24,10 @@ pub fn wanted_policies(names: &Names, results: &str, longest: Duration, version:
     if version.limits_deliveries() {
         // Crashes are counted by the agent; a limit of the broker would drop tasks and dead letters.
         definition.insert("delivery-limit".to_owned(), HeaderValue::Int(-1));
+    }
+    if version.keeps_places_of_the_disconnected() {
+        // A minute by default, in which a single active consumer that is gone with its node keeps its place.
+        definition.insert("consumer-disconnected-timeout".to_owned(), HeaderValue::Int(millis(DISCONNECTED)));
     }
     let prefix = quoted(names.prefix());
     let mut policies = Vec::new();
@@ -115,15 +121,17 @@ mod tests {
         assert_eq!(keys("3.10.8"), []);
         assert_eq!(keys("3.11.28"), []);
         assert_eq!(keys("3.12.0"), [class("haul-node", &["consumer-timeout"])]);
-        for version in ["4.0.5", "4.3.6"] {
-            assert_eq!(
-                keys(version),
-                [
-                    class("haul-node", &["consumer-timeout", "delivery-limit"]),
-                    class("haul-shared", &["delivery-limit"])
-                ]
-            );
-        }
+        assert_eq!(
+            keys("4.0.5"),
+            [class("haul-node", &["consumer-timeout", "delivery-limit"]), class("haul-shared", &["delivery-limit"])]
+        );
+        assert_eq!(
+            keys("4.3.6"),
+            [
+                class("haul-node", &["consumer-disconnected-timeout", "consumer-timeout", "delivery-limit"]),
+                class("haul-shared", &["consumer-disconnected-timeout", "delivery-limit"])
+            ]
+        );
     }
 
     #[test]
@@ -132,7 +140,7 @@ mod tests {
         assert_eq!(shared.pattern, r"^haul\.(dead$|retry\.)|^haul\.master\.event$");
         assert_eq!(
             set_policy_command(shared, "/"),
-            r#"rabbitmqctl set_policy --vhost / --priority 50 --apply-to queues haul-shared '^haul\.(dead$|retry\.)|^haul\.master\.event$' '{"delivery-limit":-1}'"#
+            r#"rabbitmqctl set_policy --vhost / --priority 50 --apply-to queues haul-shared '^haul\.(dead$|retry\.)|^haul\.master\.event$' '{"consumer-disconnected-timeout":3000,"delivery-limit":-1}'"#
         );
         assert_eq!(shell("a'b c"), r"'a'\''b c'");
     }

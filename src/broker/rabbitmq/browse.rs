@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use futures_util::StreamExt as _;
 use lapin::{
     Channel, Connection,
-    options::{BasicConsumeOptions, BasicNackOptions, BasicQosOptions},
+    options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions},
     types::FieldTable,
 };
 
@@ -39,8 +39,6 @@ pub(super) struct Reader {
     line: Line,
     /// The last one reads; those before it are full.
     windows: Vec<Window>,
-    /// Messages that were there at the beginning and have not been read.
-    due: u32,
     /// There were few at the beginning.
     few: bool,
 }
@@ -62,13 +60,7 @@ impl Reader {
             return Err(BrokerError::Refused { what: format!("queue {queue:?}"), reason });
         };
         let first = Window::open(&line, queue).await?;
-        Ok(Self {
-            queue: queue.to_owned(),
-            line,
-            windows: vec![first],
-            due: depth.messages,
-            few: depth.messages <= FEW,
-        })
+        Ok(Self { queue: queue.to_owned(), line, windows: vec![first], few: depth.messages <= FEW })
     }
 
     /// Whether nothing is left that could still come.
@@ -97,27 +89,16 @@ impl Browse for Reader {
             self.windows.push(Window::open(&self.line, &self.queue).await?);
         }
         for _ in 0..QUIETS {
-            if self.due == 0 && self.is_empty().await? {
-                // What came in the meantime was on its way before the queue was empty.
-                let Some(window) = self.windows.last_mut() else { return Ok(None) };
-                return match tokio::time::timeout(Duration::ZERO, window.stream.next()).await {
-                    Ok(Some(Ok(arrived))) => Ok(Some(window.take(arrived))),
-                    _ => Ok(None),
-                };
-            }
-            let Some(window) = self.windows.last_mut() else { return Ok(None) };
+            let Some(window) = self.windows.last_mut() else { break };
             match tokio::time::timeout(QUIET, window.stream.next()).await {
-                Ok(Some(Ok(arrived))) => {
-                    self.due = self.due.saturating_sub(1);
-                    return Ok(Some(window.take(arrived)));
-                }
+                Ok(Some(Ok(arrived))) => return Ok(Some(window.take(arrived))),
                 Ok(Some(Err(error))) => return Err(declare::refused(&what, &error)),
                 Ok(None) => {
                     let reason = "the broker cancelled the reader".to_owned();
                     return Err(BrokerError::Refused { what, reason });
                 }
-                // Somebody else may have taken what was due.
-                Err(_) => self.due = 0,
+                Err(_) if self.is_empty().await? => break,
+                Err(_) => {}
             }
         }
         Ok(None)
@@ -132,7 +113,9 @@ impl Browse for Reader {
             && self.few
             && (1..=FEW).contains(&u32::from(WINDOW - window.room))
         {
-            // Those settled before are not affected.
+            // First nothing more may come, else the same messages come again at once. Those settled before are not affected.
+            let (tag, cancel) = (window.stream.tag(), BasicCancelOptions::default());
+            window.channel.basic_cancel(tag, cancel).await.map_err(|error| declare::refused(&what, &error))?;
             let options = BasicNackOptions { multiple: true, requeue: true };
             window.channel.basic_nack(ALL, options).await.map_err(|error| declare::refused(&what, &error))?;
         }
