@@ -29,9 +29,11 @@ const FEW: u32 = 32;
 /// The delivery tag that, with `multiple`, means every message that is held.
 const ALL: u64 = 0;
 /// How long nothing has to come until the broker is asked whether anything is left.
-const QUIET: Duration = Duration::from_millis(500);
+const QUIET: Duration = Duration::from_millis(100);
 /// How often that may repeat before what is left counts as out of reach: others may hold it.
-const QUIETS: u32 = 20;
+const QUIETS: u32 = 100;
+/// How often the broker must say that nothing is left while more is due: a leader that is busy says so too.
+const BELIEVED: u32 = 5;
 
 /// A reader with a connection of its own: whatever ends it, the broker gives back what it holds.
 pub(super) struct Reader {
@@ -39,6 +41,8 @@ pub(super) struct Reader {
     line: Line,
     /// The last one reads; those before it are full.
     windows: Vec<Window>,
+    /// Messages that were there at the beginning and have not been read; at least one until something is known.
+    due: u32,
     /// There were few at the beginning.
     few: bool,
 }
@@ -60,7 +64,13 @@ impl Reader {
             return Err(BrokerError::Refused { what: format!("queue {queue:?}"), reason });
         };
         let first = Window::open(&line, queue).await?;
-        Ok(Self { queue: queue.to_owned(), line, windows: vec![first], few: depth.messages <= FEW })
+        Ok(Self {
+            queue: queue.to_owned(),
+            line,
+            windows: vec![first],
+            due: depth.messages.max(1),
+            few: depth.messages <= FEW,
+        })
     }
 
     /// Whether nothing is left that could still come.
@@ -88,17 +98,25 @@ impl Browse for Reader {
         if self.windows.last().is_none_or(|window| window.room == 0) {
             self.windows.push(Window::open(&self.line, &self.queue).await?);
         }
+        let mut empty = 0;
         for _ in 0..QUIETS {
             let Some(window) = self.windows.last_mut() else { break };
             match tokio::time::timeout(QUIET, window.stream.next()).await {
-                Ok(Some(Ok(arrived))) => return Ok(Some(window.take(arrived))),
+                Ok(Some(Ok(arrived))) => {
+                    self.due = self.due.saturating_sub(1);
+                    return Ok(Some(window.take(arrived)));
+                }
                 Ok(Some(Err(error))) => return Err(declare::refused(&what, &error)),
                 Ok(None) => {
                     let reason = "the broker cancelled the reader".to_owned();
                     return Err(BrokerError::Refused { what, reason });
                 }
-                Err(_) if self.is_empty().await? => break,
-                Err(_) => {}
+                Err(_) => {
+                    empty = if self.is_empty().await? { empty + 1 } else { 0 };
+                    if empty >= BELIEVED || (empty > 0 && self.due == 0) {
+                        break;
+                    }
+                }
             }
         }
         Ok(None)
