@@ -115,8 +115,8 @@ async fn listing_again_and_again_loses_no_dead_letter_and_changes_no_order() {
     let mut times = Vec::new();
     let mut first: Option<Vec<String>> = None;
     for number in 0..lists {
-        let (lister, begun) = (Arc::clone(&fleet), Instant::now());
-        let listed = tokio::task::spawn_blocking(move || lister.listed()).await.unwrap();
+        let (asking, begun) = (Arc::clone(&fleet), Instant::now());
+        let listed = tokio::task::spawn_blocking(move || asking.listed()).await.unwrap();
         times.push(begun.elapsed());
         let first = first.get_or_insert_with(|| listed.clone());
         assert_eq!(listed.len(), letters, "list {number}");

@@ -2,19 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use jiff::SignedDuration;
 use tokio::sync::watch;
 
-use super::{Worker, WorkerError};
+use super::{Worker, WorkerError, poison::IN_HAND};
 use crate::{
     broker::{BrokerError, Consume, Consumer, Health, Topology},
     journal::Key,
+    store::JournalError,
 };
 
 /// How often a journal that could not be written is tried again.
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
-/// How often old records are removed.
-const UPKEEP_INTERVAL: Duration = Duration::from_mins(10);
 /// How long a publish of a non-terminal event may hold up the end.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Starts in a row that did not end cleanly, after which one delivery is taken at a time.
@@ -67,10 +65,13 @@ impl Worker {
         }
         let control = tokio::spawn(self.clone().control());
         let upkeep = tokio::spawn(self.clone().upkeep());
+        let sparing = tokio::spawn(self.clone().spare_the_journal());
         let result = self.take_messages().await;
         self.finish_up().await;
         control.abort();
         upkeep.abort();
+        sparing.abort();
+        self.journal.close().await;
         result
     }
 
@@ -104,7 +105,9 @@ impl Worker {
         self.journal.set_note(UNCLEAN, Some(&(unclean + 1).to_string())).await?;
         if unclean >= UNCLEAN_LIMIT {
             tracing::warn!(starts.unclean = unclean, "the last starts did not end cleanly: one delivery at a time");
-            self.cautious.send_replace(true);
+            let suspects = self.journal.running().await?.into_iter();
+            let suspects = suspects.map(|(task_id, entry)| Key { task_id, round: entry.round });
+            self.caution.begin(suspects, usize::from(self.settings.window));
         }
         self.paused.send_replace(self.journal.note(PAUSED).await?.is_some());
         self.readiness.send_modify(|readiness| readiness.journal = true);
@@ -173,7 +176,7 @@ impl Worker {
     async fn take_messages(self: &Arc<Self>) -> Result<(), WorkerError> {
         while self.until_it_may_consume().await {
             let names = &self.settings.names;
-            let prefetch = if *self.cautious.borrow() { 1 } else { self.settings.window };
+            let prefetch = if self.caution.is_on() { 1 } else { self.settings.window };
             let consume = Consume {
                 queue: names.node(&self.settings.node),
                 tag: format!("haul-{}-{}", self.settings.node, self.boot),
@@ -195,13 +198,14 @@ impl Worker {
                 self.handling.reopen();
             }
         }
-        Ok(())
+        // Its writer broke down. Nothing can be done for it in this process: the next one begins anew.
+        if self.journal.is_closed() { Err(JournalError::Closed.into()) } else { Ok(()) }
     }
 
     /// Takes deliveries until something forbids it.
     async fn take_until(self: &Arc<Self>, consumer: &mut Consumer) -> Ended {
         let (mut consuming, mut publishing) = (consumer.health(), self.broker.health());
-        let cautious = *self.cautious.borrow();
+        let cautious = self.caution.is_on();
         loop {
             self.readiness.send_if_modified(|readiness| {
                 let before = *readiness;
@@ -218,7 +222,7 @@ impl Worker {
             if *self.trouble.borrow() {
                 return Ended::Trouble;
             }
-            if cautious && !*self.cautious.borrow() {
+            if cautious && !self.caution.is_on() {
                 return Ended::CautionOver;
             }
             let room = self.owing() * 2 < usize::from(self.settings.window);
@@ -229,7 +233,11 @@ impl Worker {
                 changed = consuming.changed() => if changed.is_err() { return Ended::Trouble },
                 changed = publishing.changed() => if changed.is_err() { return Ended::Trouble },
                 delivery = consumer.next(), if room => match delivery {
-                    Some(delivery) => drop(self.handling.spawn(self.clone().handle(delivery))),
+                    Some(delivery) => {
+                        // Read here, in the order in which they come: what is spawned runs in any order.
+                        let read = (!self.caution.is_on()).then(|| self.read(&delivery.message));
+                        self.handling.spawn(self.clone().handle(delivery, read));
+                    }
                     None => return Ended::Trouble,
                 },
             }
@@ -239,11 +247,11 @@ impl Worker {
     /// Waits out a pause and a journal that cannot be written; false once the worker stops.
     async fn until_it_may_consume(&self) -> bool {
         loop {
-            if self.soft.is_cancelled() {
+            if self.soft.is_cancelled() || self.journal.is_closed() {
                 return false;
             }
             if *self.trouble.borrow() && !self.journal_is_back().await {
-                self.readiness.send_modify(|readiness| readiness.journal = false);
+                self.readiness.send_if_modified(|readiness| std::mem::replace(&mut readiness.journal, false));
                 tokio::select! {
                     () = tokio::time::sleep(PROBE_INTERVAL) => {}
                     () = self.soft.cancelled() => {}
@@ -286,29 +294,9 @@ impl Worker {
         if tokio::time::timeout(LAST_WORDS, self.background.wait()).await.is_err() {
             tracing::warn!("some events were not confirmed before the end");
         }
-        if let Err(error) = self.journal.set_note(UNCLEAN, None).await {
-            tracing::warn!(error = %error, "this end could not be noted as clean");
-        }
-    }
-
-    /// Removes old records, once the queue was seen drained: before that a record may answer a delivery that waits.
-    async fn upkeep(self: Arc<Self>) {
-        let queue = self.settings.names.node(&self.settings.node);
-        let mut drained = false;
-        let retention = SignedDuration::try_from(self.settings.retention).unwrap_or(SignedDuration::MAX);
-        loop {
-            tokio::time::sleep(UPKEEP_INTERVAL).await;
-            let (in_hand, _) = self.active.counts();
-            drained |=
-                in_hand == 0 && matches!(self.broker.depth(&queue).await, Ok(Some(depth)) if depth.messages == 0);
-            if !drained {
-                continue;
-            }
-            let Ok(limit) = self.clock.now().checked_sub(retention) else { continue };
-            match self.journal.prune(limit).await {
-                Ok(0) => {}
-                Ok(removed) => tracing::info!(removed, "removed old journal records"),
-                Err(error) => tracing::warn!(error = %error, "old journal records could not be removed"),
+        for note in [IN_HAND, UNCLEAN] {
+            if let Err(error) = self.journal.set_note(note, None).await {
+                tracing::warn!(error = %error, "this end could not be noted as clean");
             }
         }
     }
