@@ -21,7 +21,7 @@ mod waits;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, atomic::AtomicUsize},
     time::Duration,
 };
 
@@ -52,6 +52,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// A broker reached over AMQP 0-9-1. Connects when first used.
 pub struct RabbitMq {
     targets: Arc<Vec<Target>>,
+    /// The address that both connections begin with.
+    first: Arc<AtomicUsize>,
     confirm_timeout: Duration,
     publisher: OnceLock<Publisher>,
     consuming: OnceLock<Link>,
@@ -92,6 +94,7 @@ impl RabbitMq {
     pub async fn connect(settings: &BrokerSettings, app: &str) -> Result<Self, BrokerError> {
         Ok(Self {
             targets: Arc::new(Target::all(settings, app)?),
+            first: Arc::default(),
             confirm_timeout: settings.confirm_timeout,
             publisher: OnceLock::new(),
             consuming: OnceLock::new(),
@@ -149,7 +152,7 @@ impl RabbitMq {
     fn publisher(&self) -> &Publisher {
         self.publisher.get_or_init(|| {
             let pools = self.targets.iter().map(pool).collect();
-            let link = Link::start(Arc::clone(&self.targets), Source::Pools(pools), self.health.clone());
+            let link = self.link(Source::Pools(pools), self.health.clone());
             let lane = || {
                 let (requests, queue) = mpsc::channel(LANE_QUEUE);
                 tokio::spawn(Lane::new(queue, link.state()).run());
@@ -164,14 +167,31 @@ impl RabbitMq {
     fn consuming(&self) -> &Link {
         self.consuming.get_or_init(|| {
             let health = watch::Sender::new(Health::Down);
-            Link::start(Arc::clone(&self.targets), Source::Own, health)
+            self.link(Source::Own, health)
         })
+    }
+
+    fn link(&self, source: Source, health: watch::Sender<Health>) -> Link {
+        Link::start(Arc::clone(&self.targets), Arc::clone(&self.first), source, health)
+    }
+
+    /// Gives up a publishing connection on which nothing at all was confirmed for as long as a publish may take.
+    fn doubt(&self, state: &State) {
+        if let State::Up(line) = state
+            && line.unconfirming() >= self.confirm_timeout
+        {
+            line.give_up(&format!("it confirmed nothing for {:?}", self.confirm_timeout));
+        }
     }
 
     /// Asks the broker something on the publishing connection, within a time.
     async fn ask<T>(&self, asking: impl AsyncFnOnce(&Line) -> Result<T, BrokerError>) -> Result<T, BrokerError> {
         let line = self.publisher().link.now().await?;
         tokio::time::timeout(ANSWER_TIMEOUT, asking(&line)).await.unwrap_or_else(|_| {
+            // In an alarm it does not even read the question.
+            if !line.blocked() {
+                line.give_up(&format!("it answered no question for {ANSWER_TIMEOUT:?}"));
+            }
             let address = self.targets[0].address.to_string();
             Err(BrokerError::Unreachable { address, reason: "no answer in time".to_owned() })
         })
@@ -213,13 +233,21 @@ impl Broker for RabbitMq {
             answer.await.ok()
         };
         match tokio::time::timeout(self.confirm_timeout, asking).await {
-            Ok(Some(answer)) => answer,
+            Ok(Some(answer)) => {
+                if matches!(answer, Err(PublishError::Refused { .. })) {
+                    self.doubt(&state.borrow());
+                }
+                answer
+            }
             Ok(None) => Err(PublishError::Unconfirmed { reason: "the connection was closed".to_owned() }),
             Err(_) => {
                 let reason = match &*state.borrow() {
                     State::Failed(error) => format!("cannot reach {}: {}", error.address, error.reason),
                     State::Up(line) if line.blocked() => "it has an alarm and takes no messages".to_owned(),
-                    _ => format!("no answer within {:?}", self.confirm_timeout),
+                    state => {
+                        self.doubt(state);
+                        format!("no answer within {:?}", self.confirm_timeout)
+                    }
                 };
                 Err(PublishError::Unconfirmed { reason })
             }
@@ -264,7 +292,14 @@ impl Broker for RabbitMq {
     async fn declare(&self, topology: &Topology) -> Result<(), BrokerError> {
         self.ask(async |line| {
             let channel = line.channel().await.map_err(|error| declare::refused("a channel", &error))?;
-            declare::declare(&channel, topology).await.map_err(|(what, error)| declare::refused(&what, &error))
+            match declare::declare(&channel, topology).await {
+                // A classic queue is on one node only. Whoever consumes it tries again; nobody else may wait for that.
+                Err((what, error)) if declare::is_away(&what, &error) => {
+                    tracing::warn!(error = dial::words(&error), "a queue cannot be used for now");
+                    Ok(())
+                }
+                declared => declared.map_err(|(what, error)| declare::refused(&what, &error)),
+            }
         })
         .await
     }

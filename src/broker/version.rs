@@ -38,6 +38,13 @@ impl Version {
     pub fn has_consumer_timeout_policy(self) -> bool {
         self >= Self::new(3, 12, 0)
     }
+
+    /// Whether a consumer keeps its place for a while when the node that its connection was on is gone, and a policy may
+    /// say for how long.
+    #[must_use]
+    pub fn keeps_places_of_the_disconnected(self) -> bool {
+        self >= Self::new(4, 3, 0)
+    }
 }
 
 impl FromStr for Version {

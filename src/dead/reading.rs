@@ -16,6 +16,14 @@ use crate::{
 const LONGEST_HOLD: Duration = Duration::from_mins(10);
 /// How long an interrupted command may still read, to keep the order.
 const HURRY: Duration = Duration::from_secs(5);
+/// How long the broker may take to count what was given back; whoever reads before that misses some.
+const COUNTED: Duration = Duration::from_secs(10);
+/// How often none at all are counted until that is believed: a leader that is busy with a large return answers so.
+const NONE_AT_ALL: u32 = 3;
+/// Between those.
+const BELIEVED: Duration = Duration::from_millis(300);
+/// Between two questions for its count.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 /// The broker's own count of a message's returns.
 const DELIVERY_COUNT: &str = "x-delivery-count";
 
@@ -39,14 +47,14 @@ pub(super) struct Reading {
 impl Reading {
     /// Opens the queue for the letters that are there now.
     pub(super) async fn open(broker: &Arc<dyn Broker>, queue: &str, selection: &Selection) -> Result<Self, DeadError> {
-        let depth = broker.depth(queue).await?.ok_or_else(|| DeadError::NoQueue(queue.to_owned()))?;
+        let letters = count(broker, queue).await?;
         Ok(Self {
             browse: broker.browse(queue).await?,
             broker: Arc::clone(broker),
             queue: queue.to_owned(),
             filter: selection.filter.clone(),
             delivery_limit: selection.delivery_limit,
-            unread: depth.messages as usize,
+            unread: letters,
             wanted: selection.limit.unwrap_or(usize::MAX),
             position: 0,
             kept: 0,
@@ -59,11 +67,13 @@ impl Reading {
     /// What is given back goes behind what was given back before, so the rest is read first: only all of it together
     /// keeps its order. `hurried`, it is given back out of order rather than late.
     pub(super) async fn give_back(mut self, hurried: bool) -> Result<(), BrokerError> {
-        self.read_rest(hurried.then(|| Instant::now() + HURRY)).await?;
-        self.browse.give_back().await
+        let rest = self.read_rest(hurried.then(|| Instant::now() + HURRY)).await?;
+        let held = self.kept + rest;
+        return_all(self.browse, &self.broker, &self.queue, held).await
     }
 
-    async fn read_rest(&mut self, until: Option<Instant>) -> Result<(), BrokerError> {
+    /// Reads what is behind; how much of it is left to the common return.
+    async fn read_rest(&mut self, until: Option<Instant>) -> Result<usize, BrokerError> {
         let kept = self.kept;
         for _ in 0..self.unread {
             if until.is_some_and(|until| Instant::now() >= until) {
@@ -72,8 +82,7 @@ impl Reading {
             let Some(delivery) = self.browse.next().await? else { break };
             self.leave(delivery).await;
         }
-        self.kept = kept;
-        Ok(())
+        Ok(std::mem::replace(&mut self.kept, kept) - kept)
     }
 
     /// Whether letters have been held for so long that the pass should be [`renewed`](Self::renewed).
@@ -129,8 +138,8 @@ impl Reading {
 
     /// Gives back what is held and goes on behind it: what was left is again at the head of the queue.
     pub(super) async fn renewed(mut self) -> Result<Self, DeadError> {
-        self.read_rest(None).await?;
-        self.browse.give_back().await?;
+        let rest = self.read_rest(None).await?;
+        return_all(self.browse, &self.broker, &self.queue, self.kept + rest).await?;
         let mut browse = self.broker.browse(&self.queue).await?;
         for _ in 0..self.kept {
             let Some(delivery) = browse.next().await? else { break };
@@ -138,4 +147,34 @@ impl Reading {
         }
         Ok(Self { browse, since: Instant::now(), ..self })
     }
+}
+
+/// How many letters there are.
+async fn count(broker: &Arc<dyn Broker>, queue: &str) -> Result<usize, DeadError> {
+    for _ in 0..NONE_AT_ALL {
+        let depth = broker.depth(queue).await?.ok_or_else(|| DeadError::NoQueue(queue.to_owned()))?;
+        if depth.messages > 0 {
+            return Ok(depth.messages as usize);
+        }
+        tokio::time::sleep(BELIEVED).await;
+    }
+    Ok(0)
+}
+
+/// Gives back `held` letters and waits until the broker counts them again: it takes them back on its own time, and the next
+/// reader would miss those it has not got to.
+async fn return_all(
+    browse: Box<dyn Browse>,
+    broker: &Arc<dyn Broker>,
+    queue: &str,
+    held: usize,
+) -> Result<(), BrokerError> {
+    let count = async || broker.depth(queue).await.ok().flatten().map(|depth| depth.messages as usize);
+    let others = count().await.unwrap_or(0);
+    browse.give_back().await?;
+    let until = Instant::now() + COUNTED;
+    while held > 0 && Instant::now() < until && count().await.is_some_and(|counted| counted < others + held) {
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
+    Ok(())
 }

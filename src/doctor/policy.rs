@@ -12,6 +12,8 @@ use crate::{
 
 /// Above the catch-all policies that broker operators usually have.
 const PRIORITY: i64 = 50;
+/// How long a queue waits for consumers whose node of the cluster is gone.
+const DISCONNECTED: Duration = Duration::from_secs(3);
 /// What an attempt may take besides its deadline: waiting in the agent, stopping children, settling.
 pub const DEADLINE_MARGIN: Duration = Duration::from_mins(5);
 
@@ -22,6 +24,10 @@ pub fn wanted_policies(names: &Names, results: &str, longest: Duration, version:
     if version.limits_deliveries() {
         // Crashes are counted by the agent; a limit of the broker would drop tasks and dead letters.
         definition.insert("delivery-limit".to_owned(), HeaderValue::Int(-1));
+    }
+    if version.keeps_places_of_the_disconnected() {
+        // A minute by default, in which a single active consumer that is gone with its node keeps its place.
+        definition.insert("consumer-disconnected-timeout".to_owned(), HeaderValue::Int(millis(DISCONNECTED)));
     }
     let prefix = quoted(names.prefix());
     let mut policies = Vec::new();
@@ -107,6 +113,7 @@ mod tests {
     #[test]
     fn each_class_of_queue_gets_what_its_version_knows_and_nothing_else() {
         let unlimited = ("delivery-limit".to_owned(), HeaderValue::Int(-1));
+        let gone = ("consumer-disconnected-timeout".to_owned(), HeaderValue::Int(3000));
         let patient = ("consumer-timeout".to_owned(), HeaderValue::Int(30 * 60 * 1000));
         // An unknown key would refuse the whole policy, and a limit of -1 drops messages before 4.0.
         for (version, tasks, shared) in [
@@ -116,7 +123,7 @@ mod tests {
             ("3.13.7", vec![patient.clone()], vec![]),
             ("4.0.5", vec![patient.clone(), unlimited.clone()], vec![unlimited.clone()]),
             ("4.2.1", vec![patient.clone(), unlimited.clone()], vec![unlimited.clone()]),
-            ("4.3.6", vec![patient, unlimited.clone()], vec![unlimited]),
+            ("4.3.6", vec![gone.clone(), patient, unlimited.clone()], vec![gone, unlimited]),
         ] {
             let wanted: Vec<_> = [("haul-node", tasks), ("haul-shared", shared)]
                 .into_iter()
@@ -137,7 +144,7 @@ mod tests {
         assert_eq!(shared.pattern, r"^haul\.(dead$|retry\.|migrate\.)|^haul\.master\.event$");
         assert_eq!(
             set_policy_command(shared, "/"),
-            r#"rabbitmqctl set_policy --vhost / --priority 50 --apply-to queues haul-shared '^haul\.(dead$|retry\.|migrate\.)|^haul\.master\.event$' '{"delivery-limit":-1}'"#
+            r#"rabbitmqctl set_policy --vhost / --priority 50 --apply-to queues haul-shared '^haul\.(dead$|retry\.|migrate\.)|^haul\.master\.event$' '{"consumer-disconnected-timeout":3000,"delivery-limit":-1}'"#
         );
         assert_eq!(shell("a'b c"), r"'a'\''b c'");
     }

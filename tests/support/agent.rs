@@ -55,14 +55,23 @@ pub fn broker_settings(url: &str) -> BrokerSettings {
 impl Agent {
     /// A node of its own on `rabbit`; nothing runs yet, and a master follows its events.
     pub async fn new(rabbit: &Rabbit) -> Self {
+        Self::at(std::slice::from_ref(&rabbit.url)).await
+    }
+
+    /// A node of its own on a broker with these addresses.
+    pub async fn at(urls: &[String]) -> Self {
         let prefix = format!("t{}", uuid::Uuid::new_v4().simple());
         let names = Names::new(prefix.clone());
-        let master = Arc::new(RabbitMq::connect(&broker_settings(&rabbit.url), "test master").await.unwrap());
+        let settings = BrokerSettings {
+            urls: urls.iter().map(|url| SecretString::from(url.as_str())).collect(),
+            ..BrokerSettings::default()
+        };
+        let master = Arc::new(RabbitMq::connect(&settings, "test master").await.unwrap());
         master.declare(&names.shared_topology(&names.master_event())).await.unwrap();
         let storage = tempfile::tempdir().unwrap();
         let environment = [
             ("AGENT_NODE_NAME", "n1".to_owned()),
-            ("AGENT_AMQP_URL", rabbit.url.clone()),
+            ("AGENT_AMQP_URL", urls.join(",")),
             ("AGENT_STORAGE_PATH", storage.path().to_str().unwrap().to_owned()),
             ("AGENT_PREFIX", prefix),
             ("AGENT_GIT__ALLOW_FILE", "true".to_owned()),
@@ -250,6 +259,16 @@ impl Agent {
         states.sort();
         states.dedup();
         states
+    }
+
+    /// Every task that was heard of has one end in its first round, and no other.
+    pub fn each_ended_once(&self) {
+        let ids: std::collections::BTreeSet<_> =
+            self.all_events().iter().map(|event| event.task_id.to_string()).collect();
+        for id in ids {
+            let states = self.terminal_states(&id, 0);
+            assert_eq!(states.len(), 1, "{id}: {states:?}");
+        }
     }
 
     /// Waits for a status of a task.

@@ -56,13 +56,17 @@ impl Rabbit {
     }
 
     fn launch(directory: PathBuf, configuration: &[&str], options: &[&str]) -> Self {
-        let version = std::env::var("HAUL_TEST_BROKER").unwrap_or_else(|_| "3.10".to_owned());
-        let mut command = script("start", &directory);
-        command.args(["--version", &version, "--owner", &std::process::id().to_string()]).args(options);
+        let mut command = starting(&directory);
+        command.args(options);
         for line in configuration {
             command.args(["--conf", line]);
         }
         run(command);
+        Self::started_in(directory)
+    }
+
+    /// The node that the script has started in a directory; it ends with the value.
+    pub(crate) fn started_in(directory: PathBuf) -> Self {
         let env = std::fs::read_to_string(directory.join("env")).expect("the script wrote what it started");
         let value = |name: &str| {
             let line = env.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
@@ -78,6 +82,22 @@ impl Rabbit {
         run(script("kill", &self.directory));
     }
 
+    /// Ends the node as a power cut would, whatever it has on disk; for a node of a cluster, whose others know the rest.
+    pub(crate) fn crash(&self) {
+        run(script("kill", &self.directory));
+    }
+
+    /// Its name in the cluster.
+    pub(crate) fn name(&self) -> String {
+        let env = std::fs::read_to_string(self.directory.join("env")).unwrap();
+        env.lines().find_map(|line| line.strip_prefix("NODENAME=")).unwrap().to_owned()
+    }
+
+    /// The address it listens on, as `host:port`.
+    pub(crate) fn address(&self) -> String {
+        self.url.rsplit(['@', '/']).nth(1).unwrap().to_owned()
+    }
+
     /// Starts it again on the same data and ports, stopping it first if it runs.
     pub(crate) fn restart(&self) {
         run(script("restart", &self.directory));
@@ -88,6 +108,14 @@ impl Rabbit {
         let mut command = script("ctl", &self.directory);
         command.args(arguments);
         String::from_utf8_lossy(&run(command).stdout).into_owned()
+    }
+
+    /// Takes an exchange away, with whatever is bound to it.
+    pub(crate) fn delete_exchange(&self, name: &str) {
+        let delete = format!(
+            "ok = rabbit_exchange:delete(rabbit_misc:r(<<\"/\">>, exchange, <<\"{name}\">>), false, <<\"test\">>)."
+        );
+        self.ctl(&["eval", &delete]);
     }
 
     /// Settings for it.
@@ -112,13 +140,21 @@ impl Drop for Rabbit {
     }
 }
 
-fn script(verb: &str, directory: &Path) -> Command {
+/// What starts one or more nodes of the version under test in a directory.
+pub(super) fn starting(directory: &Path) -> Command {
+    let version = std::env::var("HAUL_TEST_BROKER").unwrap_or_else(|_| "3.10".to_owned());
+    let mut command = script("start", directory);
+    command.args(["--version", &version, "--owner", &std::process::id().to_string()]);
+    command
+}
+
+pub(super) fn script(verb: &str, directory: &Path) -> Command {
     let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/rabbitmq"));
     command.arg(verb).arg(directory);
     command
 }
 
-fn run(mut command: Command) -> Output {
+pub(super) fn run(mut command: Command) -> Output {
     let output = command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?} failed: {said}");

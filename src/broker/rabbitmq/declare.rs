@@ -4,7 +4,7 @@ use std::future::Future;
 
 use lapin::{
     Channel, ErrorKind, ExchangeKind as Kind,
-    options::{BasicGetOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
 };
@@ -118,6 +118,12 @@ pub(super) fn is(error: &lapin::Error, reason: &AMQPSoftError) -> bool {
         if matches!(error.kind(), AMQPErrorKind::Soft(soft) if soft == reason))
 }
 
+/// Whether `what` exists and the node of the cluster that has it is away: a declare makes what is missing, so that it finds
+/// nothing means this alone. What a binding does not find is missing.
+pub(super) fn is_away(what: &str, error: &lapin::Error) -> bool {
+    what.starts_with("queue ") && is(error, &AMQPSoftError::NOTFOUND)
+}
+
 /// The broker's no, in our words around its own.
 pub(super) fn refused(what: &str, error: &lapin::Error) -> BrokerError {
     let reason = words(error);
@@ -136,9 +142,4 @@ fn kind(kind: ExchangeKind) -> Kind {
         ExchangeKind::Fanout => Kind::Fanout,
         ExchangeKind::Topic => Kind::Topic,
     }
-}
-
-/// Reads one message and leaves it unsettled.
-pub(super) fn reading() -> BasicGetOptions {
-    BasicGetOptions { no_ack: false }
 }

@@ -263,6 +263,7 @@ impl Lane {
         });
         let outstanding = broken.is_none() && self.flight.len() > heard.len();
         let now = Instant::now();
+        self.note_confirms(&heard);
         let mut unanswered = Vec::new();
         for number in heard {
             let Some(sent) = self.land(number) else { continue };
@@ -293,6 +294,17 @@ impl Lane {
             self.again(unanswered.into_iter().map(|(_, request)| request).collect(), &error);
         }
         self.shed();
+    }
+
+    /// Lets the connection know that the broker takes messages on it; a refusal says nothing, since a node that is cut
+    /// off from the others refuses what it cannot pass on.
+    fn note_confirms(&self, heard: &[Number]) {
+        let confirmed = |sent: &Sent| matches!(sent.outcome, Some(Outcome::Confirmed | Outcome::Doubtful(_)));
+        if heard.iter().filter_map(|number| self.flight.get(number)).any(confirmed)
+            && let Some(line) = self.channel.as_ref().and_then(|(_, line)| line.upgrade())
+        {
+            line.confirmed();
+        }
     }
 
     /// Takes one out of the flight.

@@ -1,10 +1,16 @@
 //! One connection that is kept: made again whenever it is lost, until it is closed.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use futures_util::StreamExt as _;
 use lapin::{Channel, Connection};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
@@ -18,17 +24,36 @@ const GLANCE: Duration = Duration::from_millis(500);
 /// For the broker's part in the end of a connection.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// A connection that lives no longer than this is no success: another is not made at once.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
+
 /// A connection, from the pool or of one's own.
-pub(super) enum Line {
+pub(super) struct Line {
+    held: Held,
+    /// When the broker last confirmed a publish on it; at first, when it was made.
+    confirmed: Mutex<Instant>,
+    given_up: CancellationToken,
+}
+
+enum Held {
     Pooled(deadpool_lapin::Object),
     Own(Connection),
 }
 
 impl Line {
+    fn new(held: Held) -> Self {
+        Self { held, confirmed: Mutex::new(Instant::now()), given_up: CancellationToken::new() }
+    }
+
+    /// A connection of one's own.
+    pub(super) fn own(connection: Connection) -> Self {
+        Self::new(Held::Own(connection))
+    }
+
     fn connection(&self) -> &Connection {
-        match self {
-            Self::Pooled(pooled) => pooled,
-            Self::Own(connection) => connection,
+        match &self.held {
+            Held::Pooled(pooled) => pooled,
+            Held::Own(connection) => connection,
         }
     }
 
@@ -40,6 +65,30 @@ impl Line {
     /// Whether the broker has stopped reading from it.
     pub(super) fn blocked(&self) -> bool {
         self.connection().status().blocked()
+    }
+
+    /// The broker confirmed a publish.
+    pub(super) fn confirmed(&self) {
+        *self.confirmed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// For how long it has confirmed no publish.
+    pub(super) fn unconfirming(&self) -> Duration {
+        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    /// Lets go of a connection that stands and is of no use: a node of a cluster that is cut off from the others answers
+    /// heartbeats and nothing else. Whoever keeps it makes another, beginning at the next address.
+    pub(super) fn give_up(&self, reason: &str) {
+        if !self.given_up.is_cancelled() {
+            tracing::warn!(error = reason, "the broker does not answer on this connection; making another");
+            self.given_up.cancel();
+        }
+    }
+
+    /// Says goodbye, within a time.
+    pub(super) async fn close(&self, reason: &str) {
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.connection().close(200, reason.into())).await;
     }
 
     /// A new channel on it.
@@ -78,12 +127,17 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Begins to connect.
-    pub(super) fn start(targets: Arc<Vec<Target>>, source: Source, health: watch::Sender<Health>) -> Self {
+    /// Begins to connect, at the address that `first` has, which other links move on too.
+    pub(super) fn start(
+        targets: Arc<Vec<Target>>,
+        first: Arc<AtomicUsize>,
+        source: Source,
+        health: watch::Sender<Health>,
+    ) -> Self {
         let (state_out, state) = watch::channel(State::Trying);
         let closing = CancellationToken::new();
         let watching = health.subscribe();
-        let keeper = Keeper { targets, source, state: state_out, health, closing: closing.clone() };
+        let keeper = Keeper { targets, first, source, state: state_out, health, closing: closing.clone() };
         tokio::spawn(keeper.run());
         Self { state, health: watching, _guard: closing.clone().drop_guard(), closing }
     }
@@ -133,6 +187,8 @@ fn closed() -> DialError {
 
 struct Keeper {
     targets: Arc<Vec<Target>>,
+    /// The address to begin with: behind the one that was lost last, which may be gone for long.
+    first: Arc<AtomicUsize>,
     source: Source,
     state: watch::Sender<State>,
     health: watch::Sender<Health>,
@@ -146,22 +202,30 @@ impl Keeper {
         debug_assert!(kept.is_none(), "a link is kept until it is closed");
         self.health.send_replace(Health::Down);
         if let State::Up(line) = self.state.send_replace(State::Closed) {
-            let goodbye = line.connection().close(200, "closing".into());
-            let _ = tokio::time::timeout(CLOSE_TIMEOUT, goodbye).await;
+            line.close("closing").await;
         }
     }
 
     async fn keep(&self) {
-        let mut waits = Waits::new();
+        let mut waits = Waits::to_connect();
         loop {
             match self.connect().await {
-                Ok(line) => {
-                    waits.reset();
+                Ok((index, line)) => {
+                    let begun = Instant::now();
                     self.state.send_replace(State::Up(Arc::clone(&line)));
-                    self.watch(&line).await;
+                    tokio::select! {
+                        () = self.watch(&line) => {}
+                        () = line.given_up.cancelled() => drop(tokio::spawn(async move { line.close("of no use").await })),
+                    }
+                    self.first.store(index + 1, Ordering::Relaxed);
                     self.health.send_replace(Health::Down);
                     self.state.send_replace(State::Trying);
                     tracing::warn!("the connection to the broker was lost; connecting again");
+                    if begun.elapsed() > SHORT_LIFE {
+                        waits.reset();
+                    } else {
+                        tokio::time::sleep(waits.next()).await;
+                    }
                 }
                 Err(error) => {
                     let wait = waits.next();
@@ -178,18 +242,20 @@ impl Keeper {
         }
     }
 
-    /// Tries every address once, in turn.
-    async fn connect(&self) -> Result<Arc<Line>, DialError> {
+    /// Tries every address once, in turn; the connection, and the number of its address.
+    async fn connect(&self) -> Result<(usize, Arc<Line>), DialError> {
         let mut failure = closed();
-        for (index, target) in self.targets.iter().enumerate() {
-            let line = match &self.source {
-                Source::Own => target.connect().await.map(Line::Own),
-                Source::Pools(pools) => target.bounded(pools[index].get()).await.map(Line::Pooled),
+        let begin = self.first.load(Ordering::Relaxed);
+        for index in (0..self.targets.len()).map(|step| (begin + step) % self.targets.len()) {
+            let target = &self.targets[index];
+            let held = match &self.source {
+                Source::Own => target.connect().await.map(Held::Own),
+                Source::Pools(pools) => target.bounded(pools[index].get()).await.map(Held::Pooled),
             };
-            match line {
-                Ok(line) => {
+            match held {
+                Ok(held) => {
                     tracing::info!(broker.address = %target.address, "connected to the broker");
-                    return Ok(Arc::new(line));
+                    return Ok((index, Arc::new(Line::new(held))));
                 }
                 // A refusal says more than silence, whichever came first.
                 Err(error) if !failure.refused || error.refused => failure = error,

@@ -20,10 +20,15 @@ use super::{
     link::{Line, State},
     waits::Waits,
 };
-use crate::broker::{BrokerError, Consume, Delivery, Health, Inbox, Settle, Settlement, StaleDelivery, inbox::stopped};
+use crate::{
+    broker::{BrokerError, Consume, Delivery, Health, Inbox, Settle, Settlement, StaleDelivery, inbox::stopped},
+    protocol::wire::HeaderValue,
+};
 
 /// For the broker's part in opening or closing a session.
 pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Attempts on one connection that end in something else than a refusal, until another connection is made.
+const TRIES: u32 = 3;
 /// How often a quiet session is looked at: a lost channel is noticed even if nothing said so.
 const GLANCE: Duration = Duration::from_secs(1);
 
@@ -111,6 +116,7 @@ impl Sessions {
         let mut first = Some(first);
         let mut waits = Waits::new();
         let mut number = 0_u64;
+        let mut tries = 0_u32;
         let mut tell = |verdict| first.take().is_some_and(|first| first.send(verdict).is_ok());
         loop {
             let line = tokio::select! {
@@ -120,9 +126,9 @@ impl Sessions {
             };
             let Some(line) = line else { break };
             number += 1;
-            match self.open(line, number).await {
+            match self.open(Arc::clone(&line), number).await {
                 Ok(session) => {
-                    waits.reset();
+                    (waits, tries) = (Waits::new(), 0);
                     tell(Ok(()));
                     tracing::info!(broker.queue = self.consume.queue, broker.tag = %session.tag, "consuming");
                     let end = self.forward(session).await;
@@ -145,6 +151,11 @@ impl Sessions {
                         break;
                     }
                     tracing::warn!(broker.queue = self.consume.queue, error = %failure, "cannot consume yet");
+                    tries = if refusal { 0 } else { tries + 1 };
+                    if (failure.error.is_none() || tries >= TRIES) && self.leads_everywhere() {
+                        tries = 0;
+                        line.give_up(&failure.to_string());
+                    }
                 }
             }
             tokio::select! {
@@ -154,6 +165,17 @@ impl Sessions {
         }
         self.health.send_replace(Health::Down);
         self.inbox.close();
+    }
+
+    /// Whether another node of a cluster may have the queue where this one does not: a quorum queue is on several of
+    /// them, and one that is cut off from the others knows of it and cannot serve it. A classic queue is on one node
+    /// only, and its trouble must not take the connection from the others.
+    fn leads_everywhere(&self) -> bool {
+        let quorum = HeaderValue::from("quorum");
+        let queues = &self.consume.declare.queues;
+        queues
+            .iter()
+            .any(|queue| queue.name == self.consume.queue && queue.arguments.get("x-queue-type") == Some(&quorum))
     }
 
     /// The connection, once there is one.
