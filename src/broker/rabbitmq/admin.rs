@@ -54,7 +54,7 @@ pub struct Admin {
 
 impl Admin {
     pub(super) fn new(connection: lapin::Connection) -> Self {
-        Self { line: Line::Own(connection) }
+        Self { line: Line::own(connection) }
     }
 
     /// Takes a name that only one connection can have; it is free again when that one ends. `false` if another has it.
@@ -241,9 +241,7 @@ impl Admin {
 
     /// Ends the connection.
     pub async fn close(self) {
-        if let Line::Own(connection) = self.line {
-            let _ = tokio::time::timeout(ANSWER_TIMEOUT, connection.close(200, "done".into())).await;
-        }
+        self.line.close("done").await;
     }
 
     async fn channel(&self) -> Result<Channel, BrokerError> {

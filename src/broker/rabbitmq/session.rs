@@ -11,7 +11,6 @@ use lapin::{
     types::{FieldTable, ShortString},
 };
 use tokio::sync::{oneshot, watch};
-use tokio_util::sync::CancellationToken;
 
 use super::{
     acks::Hold,

@@ -22,6 +22,9 @@ const CHUNK: usize = 32 << 20;
 /// What is this long goes down to the disk on its own, while the project is made; what is shorter waits for the end.
 const LONG: u64 = 8 << 20;
 
+/// Whether a file of this name is to be taken.
+type Wanted<'a> = &'a dyn Fn(&[u8]) -> bool;
+
 /// What becomes of the packs that are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Packs {
@@ -103,7 +106,7 @@ fn copy_files(
     from: &Dir,
     into: &Dir,
     owner: Option<Owner>,
-    (wanted, taken): (&dyn Fn(&[u8]) -> bool, Packs),
+    (wanted, taken): (Wanted<'_>, Packs),
     writing: &mut Writing,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
@@ -113,14 +116,13 @@ fn copy_files(
                 Packs::Moved => move_file(from, into, &name, moved)?,
                 Packs::Copied => None,
             };
-            let target = match target {
-                Some(target) => target,
-                None => {
-                    let source = from.open_file(&name, OFlags::RDONLY, 0)?;
-                    let target = into.open_file(&name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
-                    copy_file(&source, &target, moved)?;
-                    target
-                }
+            let target = if let Some(target) = target {
+                target
+            } else {
+                let source = from.open_file(&name, OFlags::RDONLY, 0)?;
+                let target = into.open_file(&name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
+                copy_file(&source, &target, moved)?;
+                target
             };
             rustix::fs::fchmod(&target, rustix::fs::Mode::from_raw_mode(0o444)).map_err(io::Error::from)?;
             give(&target, owner)?;

@@ -238,10 +238,8 @@ impl<C: Carrier> Gitoxide<'_, C> {
             let write = || {
                 pack::Bundle::write_to_directory(reader, Some(&directory), progress, interrupt, bases, hash, options)
             };
-            let written = match lasting {
-                true => early::written(&directory, write).map_err(Error::from_error)?,
-                false => write(),
-            }?;
+            let written =
+                if lasting { early::written(&directory, write).map_err(Error::from_error)? } else { write() }?;
             objects = u64::from(written.index.num_objects);
             keep(&written, lasting).map_err(|error| {
                 // What may not be on the disk is not to be found there later.
