@@ -17,7 +17,9 @@ const LONGEST_HOLD: Duration = Duration::from_mins(10);
 /// How long an interrupted command may still read, to keep the order.
 const HURRY: Duration = Duration::from_secs(5);
 /// How long the broker may take to count what was given back; whoever reads before that misses some.
-const COUNTED: Duration = Duration::from_secs(10);
+const COUNTED: Duration = Duration::from_mins(1);
+/// How long its count may stand still below that: somebody else takes letters too.
+const STEADY: Duration = Duration::from_secs(2);
 /// How often none at all are counted until that is believed: a leader that is busy with a large return answers so.
 const NONE_AT_ALL: u32 = 3;
 /// Between those.
@@ -173,7 +175,18 @@ async fn return_all(
     let others = count().await.unwrap_or(0);
     browse.give_back().await?;
     let until = Instant::now() + COUNTED;
-    while held > 0 && Instant::now() < until && count().await.is_some_and(|counted| counted < others + held) {
+    let (mut last, mut since) = (0, Instant::now());
+    while held > 0
+        && Instant::now() < until
+        && let Some(counted) = count().await
+        && counted < others + held
+    {
+        if counted != last {
+            (last, since) = (counted, Instant::now());
+        }
+        if counted > 0 && since.elapsed() > STEADY {
+            break;
+        }
         tokio::time::sleep(ASK_AGAIN).await;
     }
     Ok(())
