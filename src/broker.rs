@@ -6,6 +6,7 @@ pub mod address;
 mod inbox;
 pub mod management;
 pub mod memory;
+mod presence;
 pub mod rabbitmq;
 pub mod settings;
 pub mod topology;
@@ -17,6 +18,8 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 pub use inbox::Inbox;
+pub use management::ConsumerView;
+pub use presence::{Counts, Ours, Presence};
 pub use topology::{Names, Topology};
 
 use crate::protocol::wire::Message;
@@ -60,6 +63,16 @@ pub trait Broker: Send + Sync + 'static {
     /// When the broker cannot be asked.
     async fn depth(&self, queue: &str) -> Result<Option<Depth>, BrokerError>;
 
+    /// The same as a consumer asks it every few seconds, at next to no cost and on the connection that consumes;
+    /// `closely` wants to know who consumes, too, where the broker can be asked for it.
+    ///
+    /// # Errors
+    /// When the broker cannot be asked.
+    async fn look(&self, queue: &str, closely: bool) -> Result<Option<View>, BrokerError> {
+        let _ = closely;
+        Ok(self.depth(queue).await?.map(|depth| View { depth, consumers: None }))
+    }
+
     /// The version that the broker told when it was connected to, if it told one.
     fn server_version(&self) -> Option<String> {
         None
@@ -98,7 +111,17 @@ pub struct Consume {
     pub declare: Topology,
 }
 
-/// Messages ready and consumers of a queue.
+/// A queue as the broker sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// How much waits, and how many consume.
+    pub depth: Depth,
+    /// Who consumes, where that was asked for and the broker told.
+    pub consumers: Option<Vec<ConsumerView>>,
+}
+
+/// Messages ready and consumers of a queue. Where only one consumer is active at a time, those that stand in line are not
+/// counted; and a broker that is too busy to count says that there are none of either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Depth {
     /// Messages ready.
@@ -294,6 +317,7 @@ impl fmt::Debug for Delivery {
 /// hand can still be settled; the channel closes once the last of them is settled or dropped.
 pub struct Consumer {
     inbox: Arc<Inbox>,
+    presence: Arc<Presence>,
     stop: watch::Sender<bool>,
     health: watch::Receiver<Health>,
 }
@@ -301,8 +325,13 @@ pub struct Consumer {
 impl Consumer {
     /// Ties the ends together; for backends.
     #[must_use]
-    pub fn new(inbox: Arc<Inbox>, stop: watch::Sender<bool>, health: watch::Receiver<Health>) -> Self {
-        Self { inbox, stop, health }
+    pub fn new(
+        inbox: Arc<Inbox>,
+        presence: Arc<Presence>,
+        stop: watch::Sender<bool>,
+        health: watch::Receiver<Health>,
+    ) -> Self {
+        Self { inbox, presence, stop, health }
     }
 
     /// The next delivery; `None` once [`Consumer::stop`] took effect. Nothing is lost if the future is dropped.
@@ -320,6 +349,12 @@ impl Consumer {
     #[must_use]
     pub fn health(&self) -> watch::Receiver<Health> {
         self.health.clone()
+    }
+
+    /// What our side knows of it, to be compared with what the broker says.
+    #[must_use]
+    pub fn presence(&self) -> Arc<Presence> {
+        Arc::clone(&self.presence)
     }
 }
 

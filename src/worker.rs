@@ -9,27 +9,32 @@ mod attempt;
 mod consume;
 mod control;
 mod copies;
+mod enrol;
+mod hand_over;
 mod history;
+mod readiness;
 mod reporter;
 mod settings;
 mod settle;
 mod step;
 mod turns;
+mod watch;
 
 use std::{
     panic::AssertUnwindSafe,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use futures_util::FutureExt as _;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, watch::Sender};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use consume::Readiness;
+pub use enrol::Ahead;
+pub use readiness::Readiness;
 pub use settings::{Clock, WorkerSettings};
 pub use step::{Observe, Step, Unobserved};
 
@@ -47,6 +52,7 @@ use attempt::Ending;
 use history::Histories;
 use reporter::Reporter;
 use turns::{Turn, Turns};
+use watch::Verdict;
 
 /// How long a task whose handling panicked stays here before it is given back: a fault that repeats must not spin.
 const AFTER_A_PANIC: Duration = Duration::from_secs(5);
@@ -95,12 +101,20 @@ pub struct Worker {
     owing: AtomicUsize,
     /// Something that the consuming loop waits for has changed.
     changed: Notify,
-    paused: watch::Sender<bool>,
+    paused: Sender<bool>,
     /// The journal cannot be written.
-    trouble: watch::Sender<bool>,
+    trouble: Sender<bool>,
     /// One delivery at a time, until one settles.
-    cautious: watch::Sender<bool>,
-    readiness: watch::Sender<Readiness>,
+    cautious: Sender<bool>,
+    readiness: Sender<Readiness>,
+    /// What the broker says of our consumer, compared with what we know.
+    verdict: Sender<Verdict>,
+    /// A successor waits for our storage: nothing more is begun.
+    leaving: Sender<bool>,
+    /// Tasks in hand that wait for their turn.
+    parked: AtomicUsize,
+    /// Who asked for a drain, to be told when it is done.
+    drains: Mutex<Vec<Option<String>>>,
 }
 
 /// Why a role ended otherwise than by being asked to.
@@ -171,10 +185,14 @@ impl Worker {
             histories,
             owing: AtomicUsize::new(0),
             changed: Notify::new(),
-            paused: watch::Sender::new(false),
-            trouble: watch::Sender::new(false),
-            cautious: watch::Sender::new(false),
-            readiness: watch::Sender::new(Readiness::default()),
+            paused: Sender::new(false),
+            trouble: Sender::new(false),
+            cautious: Sender::new(false),
+            readiness: Sender::new(Readiness::default()),
+            verdict: Sender::new(Verdict::Well),
+            leaving: Sender::new(false),
+            parked: AtomicUsize::new(0),
+            drains: Mutex::default(),
         })
     }
 

@@ -11,7 +11,7 @@ use githttp::{Behaviour, Server, Upstream};
 use haul::protocol::Status;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::{agent::Agent, rabbit::Rabbit, repository::git};
+use support::{agent::Agent, census::Census, proxy::Proxy, rabbit::Rabbit, repository::git};
 
 /// A clone from an upstream that says nothing until it is told to.
 struct Slow {
@@ -127,9 +127,62 @@ async fn the_agent_waits_for_a_broker_that_is_not_there_yet() {
     assert_eq!(git(&agent.projects().join("7_app"), &["status", "--porcelain"]), "");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[expect(clippy::print_stdout, reason = "the counts are figures that people ask for")]
+async fn after_a_hundred_reconnects_there_is_no_thread_descriptor_or_child_more_than_before() {
+    const ROUNDS: usize = 50;
+    let rabbit = tokio::task::spawn_blocking(Rabbit::shared).await.unwrap();
+    let proxy = Proxy::start(rabbit).await;
+    let (mut agent, upstream) = (Agent::new(rabbit).await, support::repository::Repository::new());
+    agent.set("AGENT_AMQP_URL", &proxy.url);
+    agent.start(&[]);
+    agent.ready().await;
+    agent.publish(&Agent::clone_task("before", 7, &upstream, "7_app")).await;
+    agent.end("before", 0).await;
+    // Both connections at a time: a hundred in all.
+    let reconnect = async || {
+        let log = agent.log().len();
+        proxy.reset();
+        agent
+            .until_async("it to be ready again", async || {
+                agent.log()[log..].contains(r#""message":"readiness","ready":true"#)
+            })
+            .await;
+    };
+    for _ in 0..5 {
+        reconnect().await;
+    }
+    agent.publish(&Agent::task("between", "status", 7)).await;
+    agent.end("between", 0).await;
+    let before = Census::of(agent.pid());
+    for _ in 0..ROUNDS {
+        reconnect().await;
+    }
+    agent.publish(&Agent::task("after", "status", 7)).await;
+    agent.end("after", 0).await;
+    // A thread of the runtime that has nothing to do goes after ten seconds.
+    agent.until_async("what was left over to go", async || Census::of(agent.pid()).fits_in(&before)).await;
+    println!("before {before:?}, after {:?}", Census::of(agent.pid()));
+    let connections = agent.log().matches(r#""message":"connected to the broker""#).count();
+    assert!(connections >= 2 * ROUNDS, "{connections} connections");
+}
+
+#[tokio::test]
+async fn a_drain_is_told_of_when_it_is_done_and_never_reaches_the_next_start() {
+    let mut agent = Agent::new(Rabbit::shared()).await;
+    agent.start(&[]);
+    agent.ready().await;
+    agent.control(&json!({"v": 1, "command": "drain", "control_id": "c"})).await;
+    assert_eq!(agent.answered("drained").await.control_id.as_deref(), Some("c"));
+    assert!(agent.ended().await.success(), "{}", agent.log());
+    agent.start(&[]);
+    agent.ready().await;
+    agent.control(&json!({"v": 1, "command": "inspect", "control_id": "d"})).await;
+    assert_eq!(agent.answered("state").await.ready, Some(true));
+    assert!(agent.is_running());
+}
+
 /// Children of a process, by the kernel's own list.
 fn agent_children(pid: u32) -> usize {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let lists = tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
-    lists.map(|list| list.split_whitespace().count()).sum()
+    Census::of(pid).children
 }

@@ -2,7 +2,8 @@
 //!
 //! It keeps tokio's time, so a test that pauses the clock lets an hour of retries pass at once. Clones share one
 //! broker. What goes wrong with a real broker can be made to go wrong here: [`Memory::cut`],
-//! [`Memory::delete_queue`], [`Memory::set_limit`], [`Memory::refuse_publishes`], [`Memory::lose_confirm_once`].
+//! [`Memory::delete_queue`], [`Memory::set_limit`], [`Memory::refuse_publishes`], [`Memory::lose_confirm_once`],
+//! [`Memory::drop_consumers`], [`Memory::serve_consumers`].
 
 mod queue;
 mod session;
@@ -26,8 +27,8 @@ use self::{
     state::{Alarm, State},
 };
 use super::{
-    Broker, BrokerError, Browse, Consume, Consumer, Delivery, Depth, Health, Inbox, Outgoing, PublishError, Settlement,
-    StaleDelivery, Topology, inbox::stopped,
+    Broker, BrokerError, Browse, Consume, Consumer, Delivery, Depth, Health, Inbox, Outgoing, Presence, PublishError,
+    Settlement, StaleDelivery, Topology, View, inbox::stopped, presence::rebuild_asked,
 };
 use crate::protocol::wire::Message;
 
@@ -99,6 +100,34 @@ impl Memory {
         self.0.lock().losing = true;
     }
 
+    /// Forgets the consumers of a queue without a word to them, as a broker at fault does.
+    pub fn drop_consumers(&self, queue: &str) {
+        if let Some(queue) = self.0.lock().queues.get_mut(queue) {
+            queue.consumers.clear();
+        }
+    }
+
+    /// Whether a queue gives messages to the consumers that it has now; those that come later are served in any case.
+    pub fn serve_consumers(&self, name: &str, serve: bool) {
+        let mut state = self.0.lock();
+        if let Some(queue) = state.queues.get_mut(name) {
+            queue.consumers.iter_mut().for_each(|consumer| consumer.deaf = !serve);
+        }
+        Shared::pump(&mut state, [name.to_owned()]);
+    }
+
+    /// Tells, or does not tell, who consumes: not every broker can be asked.
+    pub fn tell_consumers(&self, tell: bool) {
+        self.0.lock().telling = tell;
+    }
+
+    /// How often consumers looked at a queue, and how many sessions of consumers it has seen.
+    #[must_use]
+    pub fn looks_and_sessions(&self, queue: &str) -> (u64, u64) {
+        let tally = self.0.lock().tally.get(queue).copied().unwrap_or_default();
+        (tally.looks, tally.sessions)
+    }
+
     /// What is ready in a queue, in its order.
     #[must_use]
     pub fn messages(&self, queue: &str) -> Vec<Message> {
@@ -141,6 +170,7 @@ impl Shared {
                     break;
                 };
                 if let Some(entry) = queue.take(number, hold.id()) {
+                    hold.counts().arrived();
                     inbox.put(deliver(entry, number, hold));
                 }
             }
@@ -193,7 +223,7 @@ impl Shared {
         Self::pump(&mut state, [queue.to_owned()]);
     }
 
-    fn attach(&self, consume: &Consume, inbox: &Arc<Inbox>) -> Result<Arc<Hold>, BrokerError> {
+    fn attach(&self, consume: &Consume, inbox: &Arc<Inbox>, presence: &Presence) -> Result<Arc<Hold>, BrokerError> {
         let me = self.me.upgrade().ok_or_else(|| no_queue(&consume.queue))?;
         let mut state = self.lock();
         state.declare(&consume.declare)?;
@@ -202,8 +232,16 @@ impl Shared {
             drop(state);
             return Err(no_queue(&consume.queue));
         };
-        let attached = Attached { hold: Arc::clone(&hold), inbox: Arc::clone(inbox), prefetch: consume.prefetch };
+        let attached = Attached {
+            hold: Arc::clone(&hold),
+            inbox: Arc::clone(inbox),
+            prefetch: consume.prefetch,
+            tag: format!("{}-{}", consume.tag, hold.id()),
+            deaf: false,
+        };
+        presence.begin(&attached.tag, queue.counted(), hold.counts());
         queue.consumers.push(attached);
+        state.tally.entry(consume.queue.clone()).or_default().sessions += 1;
         Self::pump(&mut state, [consume.queue.clone()]);
         Ok(hold)
     }
@@ -241,10 +279,12 @@ async fn sessions(
     broker: Weak<Shared>,
     consume: Consume,
     inbox: Arc<Inbox>,
+    presence: Arc<Presence>,
     mut stop: watch::Receiver<bool>,
     health: watch::Sender<Health>,
     mut hold: Arc<Hold>,
 ) {
+    let mut rebuilds = presence.rebuilds();
     loop {
         health.send_replace(Health::Up);
         loop {
@@ -258,6 +298,7 @@ async fn sessions(
             tokio::select! {
                 () = stopped(&mut stop) => {
                     drop(shared.detach(&hold));
+                    presence.end();
                     for delivery in inbox.drain() {
                         // It was taken back from under us: then it is in its queue already.
                         let _ = delivery.requeue().await;
@@ -265,9 +306,17 @@ async fn sessions(
                     health.send_replace(Health::Down);
                     return;
                 }
+                () = rebuild_asked(&mut rebuilds) => {
+                    let gone = shared.detach(&hold);
+                    hold.end();
+                    inbox.forget_stale();
+                    drop(gone);
+                    break;
+                }
                 () = ended => {}
             }
         }
+        presence.end();
         health.send_replace(Health::Down);
         hold = loop {
             tokio::select! {
@@ -275,7 +324,7 @@ async fn sessions(
                 () = tokio::time::sleep(RECONNECT) => {}
             }
             let Some(shared) = broker.upgrade() else { return inbox.close() };
-            if let Ok(hold) = shared.attach(&consume, &inbox) {
+            if let Ok(hold) = shared.attach(&consume, &inbox, &presence) {
                 break hold;
             }
         };
@@ -295,12 +344,13 @@ impl Broker for Memory {
     }
 
     async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError> {
-        let inbox = Arc::new(Inbox::default());
-        let hold = self.0.attach(&consume, &inbox)?;
+        let (inbox, presence) = (Arc::new(Inbox::default()), Arc::new(Presence::default()));
+        let hold = self.0.attach(&consume, &inbox, &presence)?;
         let (stop, stopped) = watch::channel(false);
         let (health_out, health) = watch::channel(Health::Up);
-        tokio::spawn(sessions(Arc::downgrade(&self.0), consume, Arc::clone(&inbox), stopped, health_out, hold));
-        Ok(Consumer::new(inbox, stop, health))
+        let broker = Arc::downgrade(&self.0);
+        tokio::spawn(sessions(broker, consume, inbox.clone(), presence.clone(), stopped, health_out, hold));
+        Ok(Consumer::new(inbox, presence, stop, health))
     }
 
     async fn browse(&self, queue: &str) -> Result<Box<dyn Browse>, BrokerError> {
@@ -330,8 +380,16 @@ impl Broker for Memory {
         let state = self.0.lock();
         Ok(state.queues.get(queue).map(|queue| Depth {
             messages: u32::try_from(queue.ready.len()).unwrap_or(u32::MAX),
-            consumers: u32::try_from(queue.consumers.len()).unwrap_or(u32::MAX),
+            consumers: queue.counted(),
         }))
+    }
+
+    async fn look(&self, queue: &str, closely: bool) -> Result<Option<View>, BrokerError> {
+        let Some(depth) = self.depth(queue).await? else { return Ok(None) };
+        let mut state = self.0.lock();
+        state.tally.entry(queue.to_owned()).or_default().looks += 1;
+        let consumers = state.queues.get(queue).filter(|_| closely && state.telling).map(|home| home.seen(queue));
+        Ok(Some(View { depth, consumers }))
     }
 
     fn health(&self) -> watch::Receiver<Health> {

@@ -12,6 +12,7 @@ mod dial;
 mod inbound;
 mod lane;
 mod link;
+mod looks;
 mod session;
 mod silence;
 mod waits;
@@ -29,11 +30,12 @@ use self::{
     dial::Target,
     lane::{Lane, Request},
     link::{Line, Link, Source, State},
+    looks::Looks,
     session::Sessions,
 };
 use super::{
-    Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Inbox, Outgoing, PublishError, Topology,
-    settings::BrokerSettings,
+    Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Inbox, Outgoing, Presence, PublishError, Topology,
+    View, management::Management, settings::BrokerSettings,
 };
 use crate::protocol::wire::{HeaderValue, Headers};
 
@@ -44,6 +46,8 @@ const LANES: usize = 4;
 const LANE_QUEUE: usize = 1024;
 /// For the broker's answer to a question.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// For the broker's answer to a look, which is repeated anyway.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A broker reached over AMQP 0-9-1. Connects when first used.
 pub struct RabbitMq {
@@ -51,6 +55,7 @@ pub struct RabbitMq {
     confirm_timeout: Duration,
     publisher: OnceLock<Publisher>,
     consuming: OnceLock<Link>,
+    looks: Looks,
     health: watch::Sender<Health>,
 }
 
@@ -86,7 +91,9 @@ impl RabbitMq {
     /// When the settings cannot be used.
     #[expect(clippy::unused_async, reason = "it needs a running runtime, which a caller's await proves")]
     pub async fn connect(settings: &BrokerSettings, app: &str) -> Result<Self, BrokerError> {
+        let management = settings.management_url.is_some().then(|| Management::new(settings)).transpose()?;
         Ok(Self {
+            looks: Looks::new(management),
             targets: Arc::new(Target::all(settings, app)?),
             confirm_timeout: settings.confirm_timeout,
             publisher: OnceLock::new(),
@@ -159,10 +166,12 @@ impl RabbitMq {
     /// Asks the broker something on the publishing connection, within a time.
     async fn ask<T>(&self, asking: impl AsyncFnOnce(&Line) -> Result<T, BrokerError>) -> Result<T, BrokerError> {
         let line = self.publisher().link.now().await?;
-        tokio::time::timeout(ANSWER_TIMEOUT, asking(&line)).await.unwrap_or_else(|_| {
-            let address = self.targets[0].address.to_string();
-            Err(BrokerError::Unreachable { address, reason: "no answer in time".to_owned() })
-        })
+        tokio::time::timeout(ANSWER_TIMEOUT, asking(&line)).await.unwrap_or_else(|_| Err(self.silent()))
+    }
+
+    fn silent(&self) -> BrokerError {
+        let address = self.targets[0].address.to_string();
+        BrokerError::Unreachable { address, reason: "no answer in time".to_owned() }
     }
 }
 
@@ -215,7 +224,7 @@ impl Broker for RabbitMq {
     }
 
     async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError> {
-        let inbox = Arc::new(Inbox::default());
+        let (inbox, presence) = (Arc::new(Inbox::default()), Arc::new(Presence::default()));
         let (stop, stopped) = watch::channel(false);
         let (health_out, health) = watch::channel(Health::Down);
         let (first, opened) = oneshot::channel();
@@ -223,11 +232,12 @@ impl Broker for RabbitMq {
             consume,
             link: self.consuming().state(),
             inbox: Arc::clone(&inbox),
+            presence: Arc::clone(&presence),
             stop: stopped,
             health: health_out,
         };
         tokio::spawn(sessions.run(first));
-        let consumer = Consumer::new(inbox, stop, health);
+        let consumer = Consumer::new(inbox, presence, stop, health);
         match opened.await {
             Ok(Ok(())) => Ok(consumer),
             Ok(Err(error)) => Err(error),
@@ -263,6 +273,17 @@ impl Broker for RabbitMq {
 
     async fn depth(&self, queue: &str) -> Result<Option<Depth>, BrokerError> {
         self.ask(async |line| declare::depth(line, queue).await).await
+    }
+
+    async fn look(&self, queue: &str, closely: bool) -> Result<Option<View>, BrokerError> {
+        let looking = async {
+            let line = self.consuming().now().await?;
+            self.looks.depth(&line, queue).await
+        };
+        let seen = tokio::time::timeout(LOOK_TIMEOUT, looking).await.unwrap_or_else(|_| Err(self.silent()))?;
+        let Some(depth) = seen else { return Ok(None) };
+        let consumers = if closely { self.looks.consumers(queue).await } else { None };
+        Ok(Some(View { depth, consumers }))
     }
 
     fn health(&self) -> watch::Receiver<Health> {

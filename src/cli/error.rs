@@ -56,6 +56,9 @@ pub(super) enum CliError {
         /// The process.
         holder: String,
     },
+    /// The running agent does not make room.
+    #[error("{0}")]
+    TakeOver(String),
     /// The storage directory cannot be used.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -77,7 +80,7 @@ impl CliError {
             Self::Config(_) | Self::Usage(_) | Self::Broker(BrokerError::Settings(_)) => exit::USAGE,
             Self::NotEnrolled { .. } | Self::Refused(_) => exit::TASK,
             Self::TimedOut(_) => exit::TIMED_OUT,
-            Self::Lock(LockError::Held { .. }) | Self::AgentRuns { .. } => exit::LOCKED,
+            Self::Lock(LockError::Held { .. }) | Self::AgentRuns { .. } | Self::TakeOver(_) => exit::LOCKED,
             Self::Broker(_)
             | Self::Publish(_)
             | Self::Worker(WorkerError::Broker(_) | WorkerError::Topology { .. }) => exit::BROKER,

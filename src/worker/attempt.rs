@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Interrupted, Worker,
     arrival::Arrival,
+    hand_over::Parked,
     reporter::About,
     step::{Observe, Step},
     turns::Turn,
@@ -134,6 +135,7 @@ impl Worker {
         }
         let project = self.executor.project(arrival.task.project).await;
         self.reporter.accepted(&About { attempt: 0, ..arrival.about(ticket, project) });
+        let _parked = Parked::among(&self.parked);
         tokio::select! {
             biased;
             () = arrival.cancel.cancelled() => Ok(Waited::Cancelled),

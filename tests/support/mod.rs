@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 pub(crate) mod agent;
+pub(crate) mod census;
 pub(crate) mod pipeline;
 pub(crate) mod proxy;
 pub(crate) mod rabbit;

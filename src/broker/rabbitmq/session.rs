@@ -27,22 +27,29 @@ use super::{
     link::{Line, State},
     waits::Waits,
 };
-use crate::broker::{BrokerError, Consume, Delivery, Health, Inbox, Settle, Settlement, StaleDelivery, inbox::stopped};
+use crate::broker::{
+    BrokerError, Consume, Counts, Delivery, Health, Inbox, Presence, Settle, Settlement, StaleDelivery,
+    inbox::stopped,
+    presence::rebuild_asked,
+};
 
 /// For the broker's part in opening or closing a session.
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a cancel before a session is given up: without it the broker may still count the old consumer for a moment.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// How often a quiet session is looked at: a lost channel is noticed even if nothing said so.
 const GLANCE: Duration = Duration::from_secs(1);
 
 /// Keeps a channel open while deliveries of it are in hand, and knows when they can no longer be settled.
 pub(super) struct Hold {
     alive: AtomicBool,
+    counts: Arc<Counts>,
     _channel: Channel,
 }
 
 impl Hold {
     pub(super) fn new(channel: Channel) -> Arc<Self> {
-        Arc::new(Self { alive: AtomicBool::new(true), _channel: channel })
+        Arc::new(Self { alive: AtomicBool::new(true), counts: Arc::default(), _channel: channel })
     }
 
     /// From now on nothing is sent for its deliveries.
@@ -60,6 +67,7 @@ pub(super) struct Tag {
 impl Tag {
     /// Wraps what lapin delivered.
     pub(super) fn deliver(arrived: lapin::message::Delivery, hold: &Arc<Hold>) -> Delivery {
+        hold.counts.arrived();
         let tag = Self { acker: arrived.acker, hold: Arc::clone(hold) };
         Delivery::new(
             convert::message(&arrived.properties, arrived.data),
@@ -83,7 +91,10 @@ impl Settle for Tag {
             Settlement::Reject => self.acker.reject(BasicRejectOptions { requeue: false }).await,
         };
         match settled {
-            Ok(true) => Ok(()),
+            Ok(true) => {
+                self.hold.counts.settled();
+                Ok(())
+            }
             Ok(false) | Err(_) => Err(StaleDelivery),
         }
     }
@@ -97,6 +108,8 @@ impl Settle for Tag {
 enum End {
     /// The consumer was stopped or dropped.
     Asked,
+    /// Another session was asked for.
+    Rebuild,
     /// Anything else.
     Fault(String),
 }
@@ -121,6 +134,7 @@ pub(super) struct Sessions {
     pub(super) consume: Consume,
     pub(super) link: watch::Receiver<State>,
     pub(super) inbox: Arc<Inbox>,
+    pub(super) presence: Arc<Presence>,
     pub(super) stop: watch::Receiver<bool>,
     pub(super) health: watch::Sender<Health>,
 }
@@ -130,6 +144,8 @@ struct Session {
     stream: lapin::Consumer,
     hold: Arc<Hold>,
     tag: ShortString,
+    /// Consumers that the broker counted before this one.
+    before: u32,
     line: Arc<Line>,
 }
 
@@ -154,10 +170,13 @@ impl Sessions {
                     waits.reset();
                     tell(Ok(()));
                     tracing::info!(broker.queue = self.consume.queue, broker.tag = %session.tag, "consuming");
+                    self.presence.begin(session.tag.as_str(), session.before, &session.hold.counts);
                     let end = self.forward(session).await;
+                    self.presence.end();
                     self.health.send_replace(Health::Down);
                     match end {
                         End::Asked => break,
+                        End::Rebuild => tracing::info!(broker.queue = self.consume.queue, "consuming anew"),
                         End::Fault(reason) => tracing::warn!(
                             broker.queue = self.consume.queue,
                             error = reason,
@@ -229,6 +248,7 @@ impl Sessions {
                 .basic_qos(self.consume.prefetch, BasicQosOptions { global: false })
                 .await
                 .map_err(failed("a prefetch window"))?;
+            let before = declare::counted(&channel, &self.consume.queue).await.map_err(failed(&queue))?;
             let tag = convert::cut(&format!("{}-{number}", self.consume.tag));
             let stream = channel
                 .basic_consume(
@@ -239,10 +259,10 @@ impl Sessions {
                 )
                 .await
                 .map_err(failed(&queue))?;
-            Ok((channel, stream, hold, tag))
+            Ok((channel, stream, hold, tag, before.consumers))
         };
         match tokio::time::timeout(STEP_TIMEOUT, opening).await {
-            Ok(Ok((channel, stream, hold, tag))) => Ok(Session { channel, stream, hold, tag, line }),
+            Ok(Ok((channel, stream, hold, tag, before))) => Ok(Session { channel, stream, hold, tag, before, line }),
             Ok(Err(failure)) => Err(failure),
             Err(_) => Err(Failure { what: queue, error: None }),
         }
@@ -251,12 +271,14 @@ impl Sessions {
     /// Passes deliveries on until the session ends, and cleans up after it.
     async fn forward(&mut self, mut session: Session) -> End {
         let mut glance = tokio::time::interval(GLANCE);
+        let mut rebuilds = self.presence.rebuilds();
         let end = loop {
             let health = if session.line.blocked() { Health::Blocked } else { Health::Up };
             self.health.send_if_modified(|old| std::mem::replace(old, health) != health);
             tokio::select! {
                 biased;
                 () = stopped(&mut self.stop) => break End::Asked,
+                () = rebuild_asked(&mut rebuilds) => break End::Rebuild,
                 arrived = session.stream.next() => match arrived {
                     Some(Ok(arrived)) => self.inbox.put(Tag::deliver(arrived, &session.hold)),
                     Some(Err(error)) => break End::Fault(words(&error)),
@@ -272,9 +294,13 @@ impl Sessions {
         };
         match &end {
             End::Asked => self.wind_up(session).await,
-            End::Fault(_) => {
+            End::Rebuild | End::Fault(_) => {
                 session.hold.end();
                 self.inbox.forget_stale();
+                if matches!(end, End::Rebuild) {
+                    let cancel = session.channel.basic_cancel(session.tag.clone(), BasicCancelOptions::default());
+                    let _ = tokio::time::timeout(FAREWELL, cancel).await;
+                }
                 // The broker may still count the old consumer; it lets go when the channel closes.
                 let goodbye = session.channel.close(200, "starting over".into());
                 let _ = tokio::time::timeout(STEP_TIMEOUT, goodbye).await;
