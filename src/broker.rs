@@ -311,6 +311,21 @@ impl fmt::Debug for Delivery {
     }
 }
 
+/// How a consumer is to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stop {
+    /// Not at all.
+    #[default]
+    No,
+    /// It takes no more, and what was not handed out is given back at once.
+    GiveBack,
+    /// It takes no more, and whatever is not settled goes back, in its order, once the last delivery in hand is settled
+    /// or dropped: a broker puts what is given back one by one where it likes.
+    KeepOrder,
+    /// At once, with everything that is not settled: whoever is next in line gets it in its order.
+    LetGo,
+}
+
 /// A running consumer: the receiving end of a session loop that the backend keeps alive.
 ///
 /// Dropping it ends the session: what was not handed out is delivered again, to whoever consumes next. Deliveries in
@@ -318,7 +333,7 @@ impl fmt::Debug for Delivery {
 pub struct Consumer {
     inbox: Arc<Inbox>,
     presence: Arc<Presence>,
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Stop>,
     health: watch::Receiver<Health>,
 }
 
@@ -328,7 +343,7 @@ impl Consumer {
     pub fn new(
         inbox: Arc<Inbox>,
         presence: Arc<Presence>,
-        stop: watch::Sender<bool>,
+        stop: watch::Sender<Stop>,
         health: watch::Receiver<Health>,
     ) -> Self {
         Self { inbox, presence, stop, health }
@@ -342,7 +357,12 @@ impl Consumer {
     /// Takes no more: the consumer is cancelled, what was not handed out yet is given back; deliveries in hand can
     /// still be settled.
     pub fn stop(&self) {
-        self.stop.send_replace(true);
+        self.end(Stop::GiveBack);
+    }
+
+    /// Takes no more, in one of several ways.
+    pub fn end(&self, how: Stop) {
+        self.stop.send_replace(how);
     }
 
     /// How the consuming side is.

@@ -12,6 +12,7 @@ mod copies;
 mod enrol;
 mod hand_over;
 mod history;
+mod line;
 mod readiness;
 mod reporter;
 mod settings;
@@ -24,7 +25,7 @@ use std::{
     panic::AssertUnwindSafe,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -50,6 +51,7 @@ use active::{Active, Entered};
 use arrival::Arrival;
 use attempt::Ending;
 use history::Histories;
+use line::{InLine, Lines};
 use reporter::Reporter;
 use turns::{Turn, Turns};
 use watch::Verdict;
@@ -87,6 +89,8 @@ pub struct Worker {
     reporter: Reporter,
     active: Active,
     turns: Arc<Turns>,
+    /// Deliveries of one project that have no place in the schedule yet.
+    lines: Arc<Lines>,
     /// Take no more: what waits is given back, what runs is finished.
     soft: CancellationToken,
     /// Stop: what runs is ended and given back.
@@ -111,6 +115,8 @@ pub struct Worker {
     verdict: Sender<Verdict>,
     /// A successor waits for our storage: nothing more is begun.
     leaving: Sender<bool>,
+    /// Nothing runs any more, and the successor is next in line for the queue.
+    left: AtomicBool,
     /// Tasks in hand that wait for their turn.
     parked: AtomicUsize,
     /// Who asked for a drain, to be told when it is done.
@@ -168,6 +174,7 @@ impl Worker {
         let reporter = Reporter::new(origin, settings.names.clone(), broker.clone(), clock.clone(), background.clone());
         Arc::new(Self {
             turns: Turns::new(settings.slots),
+            lines: Arc::default(),
             settings,
             broker,
             journal,
@@ -191,19 +198,30 @@ impl Worker {
             readiness: Sender::new(Readiness::default()),
             verdict: Sender::new(Verdict::Well),
             leaving: Sender::new(false),
+            left: AtomicBool::new(false),
             parked: AtomicUsize::new(0),
             drains: Mutex::default(),
         })
     }
 
-    /// The path of one message, from its delivery to its acknowledgement.
-    async fn handle(self: Arc<Self>, delivery: Delivery) {
+    /// Begins the path of one message. Called in the order of the deliveries, which the tasks of one project keep.
+    fn receive(self: &Arc<Self>, delivery: Delivery) {
         self.observer.reached(Step::Received, None);
-        let mut arrival = match Arrival::decode(&delivery.message) {
-            Ok(arrival) => arrival,
+        let decoded = Arrival::decode(&delivery.message).map(|arrival| {
+            let line = self.lines.join(arrival.task.project);
+            (arrival, line)
+        });
+        self.handling.spawn(self.clone().handle(delivery, decoded));
+    }
+
+    /// The path of one message, from its delivery to its acknowledgement.
+    async fn handle(self: Arc<Self>, delivery: Delivery, decoded: Result<(Arrival, InLine), Undecodable>) {
+        let (mut arrival, mut line) = match decoded {
+            Ok(decoded) => decoded,
             Err(undecodable) => return self.refuse(delivery, undecodable).await,
         };
         self.observer.reached(Step::Decoded, Some(&arrival.key.task_id));
+        line.first().await;
         if let Some(owner) = arrival.belongs_elsewhere(&self.settings.node) {
             return self.forward(&arrival, owner, delivery).await;
         }
@@ -213,7 +231,7 @@ impl Worker {
             Entered::Mismatch(delivery) => return self.report_mismatch(&arrival, *delivery).await,
         };
         // A panic on the way is a fault of ours; the task must neither be lost nor block the window with its deliveries.
-        match AssertUnwindSafe(self.conclude(&arrival)).catch_unwind().await {
+        match AssertUnwindSafe(self.conclude(&arrival, line)).catch_unwind().await {
             Ok(Ok(())) => self.acknowledge(&arrival.key).await,
             Ok(Err(interrupted)) => self.give_back(&arrival, interrupted).await,
             Err(_panic) => {
@@ -225,11 +243,14 @@ impl Worker {
     }
 
     /// Steps 3 to 8: everything between knowing a task and owing nothing for it.
-    async fn conclude(self: &Arc<Self>, arrival: &Arrival) -> Result<(), Interrupted> {
+    async fn conclude(self: &Arc<Self>, arrival: &Arrival, line: InLine) -> Result<(), Interrupted> {
         let mut turn: Option<Turn> = None;
         let ending = match self.admit(arrival).await? {
-            Admission::Fresh(ticket) => self.attempt(arrival, ticket, &mut turn).await?,
-            other => Self::without_running(arrival, other),
+            Admission::Fresh(ticket) => self.attempt(arrival, ticket, line, &mut turn).await?,
+            other => {
+                drop(line);
+                Self::without_running(arrival, other)
+            }
         };
         match ending {
             Ending::Over { ticket, outcome } => {
@@ -319,9 +340,15 @@ impl Worker {
                 }
             }
         }
+        let ending = self.soft.is_cancelled() || self.hard.is_cancelled();
         for delivery in self.active.leave(&arrival.key) {
-            // A delivery whose channel is gone is back at the broker already.
-            let _ = delivery.requeue().await;
+            if ending {
+                // It goes back with its channel, in its order with all the others.
+                delivery.abandon();
+            } else {
+                // A delivery whose channel is gone is back at the broker already.
+                let _ = delivery.requeue().await;
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use haul::{
     broker::{
         Broker, BrokerError, Consume, Consumer, Delivery, Depth, Health, Names, Outgoing, PublishError, StaleDelivery,
-        Topology,
+        Stop, Topology,
         memory::Memory,
         topology::{Binding, Exchange, ExchangeKind, Lifetime, Queue},
     },
@@ -140,6 +140,8 @@ conformance! {
     a_look_counts_who_is_served_and_not_who_stands_in_line,
     a_consumer_knows_how_much_of_its_window_is_used,
     a_consumer_that_is_made_anew_loses_nothing,
+    what_a_consumer_holds_as_it_ends_goes_back_in_its_order,
+    what_a_consumer_lets_go_comes_to_the_next_in_line_in_its_order,
     a_retry_queue_returns_a_message_with_its_routing_key,
     an_alternate_exchange_catches_what_no_queue_takes,
     a_rejected_delivery_is_dead_lettered_to_a_fanout,
@@ -332,6 +334,47 @@ async fn a_consumer_knows_how_much_of_its_window_is_used(fixture: Fixture) {
     two.ack().await.unwrap();
     next(&mut consumer).await.ack().await.unwrap();
     assert_eq!((presence.now().arrived, presence.now().unsettled), (3, 0));
+}
+
+async fn what_a_consumer_holds_as_it_ends_goes_back_in_its_order(fixture: Fixture) {
+    fixture.declared().await;
+    for n in 0..6 {
+        fixture.publish(&format!("m-{n}")).await;
+    }
+    let mut first = fixture.consumer(10).await;
+    let (running, waiting) = (next(&mut first).await, next(&mut first).await);
+    eventually("all have come", async || first.presence().now().arrived == 6).await;
+    first.end(Stop::KeepOrder);
+    assert!(soon("the end", first.next()).await.is_none());
+    drop(first);
+    waiting.abandon();
+    running.ack().await.unwrap();
+    let mut second = fixture.consumer(10).await;
+    for n in 1..6 {
+        let delivery = next(&mut second).await;
+        assert_eq!(id(&delivery), format!("m-{n}"));
+        delivery.ack().await.unwrap();
+    }
+}
+
+async fn what_a_consumer_lets_go_comes_to_the_next_in_line_in_its_order(fixture: Fixture) {
+    let topology = fixture.topology(&[("x-single-active-consumer", HeaderValue::Bool(true))]);
+    fixture.broker.declare(&topology).await.unwrap();
+    for n in 0..8 {
+        fixture.publish(&format!("m-{n}")).await;
+    }
+    let mut first = fixture.consumer(4).await;
+    let held = [next(&mut first).await, next(&mut first).await];
+    let mut second = consumer(&*fixture.other, &fixture.name("queue"), 20).await;
+    first.end(Stop::LetGo);
+    for n in 0..8 {
+        let delivery = next(&mut second).await;
+        assert_eq!(id(&delivery), format!("m-{n}"));
+        delivery.ack().await.unwrap();
+    }
+    for delivery in held {
+        assert_eq!(delivery.requeue().await, Err(StaleDelivery));
+    }
 }
 
 async fn a_consumer_that_is_made_anew_loses_nothing(fixture: Fixture) {

@@ -112,7 +112,9 @@ async fn tasks_are_cancelled_wherever_they_are() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_is_paused_resumed_and_drained() {
     let mut agent = started().await;
-    haul(&agent, "pause n1 --wait").is(0, "pause paused").is(0, "0 running, 0 waiting, not ready, paused (it is paused");
+    haul(&agent, "pause n1 --wait")
+        .is(0, "pause paused")
+        .is(0, "0 running, 0 waiting, not ready, paused (it is paused");
     haul(&agent, "inspect --node n1").is(0, ", paused");
     assert_eq!(haul(&agent, "inspect n1 --json").is(0, "").json()[0]["ready"], false);
     haul(&agent, "inspect n1 --wait --timeout 1s").is(6, "n1 heard the inspect, which had not taken effect within 1s");

@@ -156,7 +156,8 @@ async fn under_load_no_task_runs_twice_no_event_is_doubled_and_the_queue_keeps_a
     let sampler = Sampler::start(&agent);
     let mut former = None;
     for number in 0..TASKS {
-        let (kind, project) = (if number % 4 == 0 { "pull" } else { "status" }, i64::try_from(number % PROJECTS).unwrap());
+        let (kind, project) =
+            (if number % 4 == 0 { "pull" } else { "status" }, i64::try_from(number % PROJECTS).unwrap());
         agent.publish(&Agent::task(&format!("t{number}"), kind, project)).await;
         if number == TASKS / 4 {
             former = Some(agent.start_beside(&["--take-over"]));
@@ -329,9 +330,7 @@ mod memory {
         pipeline.publish(&pipeline::clone_task("runs", 1)).await;
         pipeline.saw("runs", Status::Started).await;
         let worker = pipeline.worker();
-        let left = tokio::spawn(async move {
-            worker.hand_over(Duration::from_secs(30), std::future::pending()).await
-        });
+        let left = tokio::spawn(async move { worker.hand_over(Duration::from_secs(30), std::future::pending()).await });
         tokio::task::yield_now().await;
         pipeline.publish(&pipeline::clone_task("comes", 2)).await;
         pipeline.publish(&pipeline::task("status", Kind::Status, 3)).await;

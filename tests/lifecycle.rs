@@ -8,7 +8,7 @@ mod support;
 mod githttp;
 
 use githttp::{Behaviour, Server, Upstream};
-use haul::protocol::Status;
+use haul::{broker::Broker as _, protocol::Status};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{agent::Agent, census::Census, proxy::Proxy, rabbit::Rabbit, repository::git};
@@ -50,6 +50,41 @@ async fn the_first_signal_finishes_what_runs_and_the_rest_is_given_back() {
     assert!(agent.terminal_states("waits", 0).is_empty());
     agent.start(&[]);
     assert_eq!(agent.end("waits", 0).await.attempt, 1);
+}
+
+#[tokio::test]
+async fn what_waits_at_the_end_is_taken_up_in_its_order_at_the_next_start() {
+    let (slow, upstream) = (Slow::new(), support::repository::Repository::new());
+    let mut agent = Agent::new(Rabbit::shared()).await;
+    agent.set("AGENT_SLOTS", "1");
+    agent.start(&[]);
+    agent.publish(&slow.task).await;
+    agent.saw("t", Status::Started).await;
+    let projects = 20..23;
+    for project in projects.clone() {
+        let target = format!("{project}_app");
+        agent.publish(&Agent::clone_task(&format!("clone-{project}"), project, &upstream, &target)).await;
+        agent.publish(&Agent::task(&format!("pull-{project}"), "pull", project)).await;
+    }
+    let last = format!("pull-{}", projects.end - 1);
+    agent
+        .until_async("all of them to wait", async || {
+            let depth = agent.master.depth(&agent.names.node(agent.node())).await.unwrap().unwrap();
+            depth.messages == 0 && !agent.events(&last).is_empty()
+        })
+        .await;
+    agent.signal(Signal::TERM);
+    agent.until_async("the first signal to be seen", async || agent.log().contains("finishing what runs")).await;
+    slow.server.behave(Behaviour::Serve);
+    assert!(agent.ended().await.success(), "{}", agent.log());
+    agent.start(&[]);
+    for project in projects {
+        // A pull that overtook its clone would have found no project.
+        for id in [format!("clone-{project}"), format!("pull-{project}")] {
+            let end = agent.end(&id, 0).await;
+            assert_eq!((end.status, end.attempt), (Status::Succeeded, 1), "{end:?}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 //! [`Memory::delete_queue`], [`Memory::set_limit`], [`Memory::refuse_publishes`], [`Memory::lose_confirm_once`],
 //! [`Memory::drop_consumers`], [`Memory::serve_consumers`].
 
+mod faults;
 mod queue;
 mod session;
 mod state;
@@ -28,7 +29,7 @@ use self::{
 };
 use super::{
     Broker, BrokerError, Browse, Consume, Consumer, Delivery, Depth, Health, Inbox, Outgoing, Presence, PublishError,
-    Settlement, StaleDelivery, Topology, View, inbox::stopped, presence::rebuild_asked,
+    Settlement, StaleDelivery, Stop, Topology, View, inbox::stopped, presence::rebuild_asked,
 };
 use crate::protocol::wire::Message;
 
@@ -65,69 +66,6 @@ impl Memory {
         }))
     }
 
-    /// Breaks all connections: what is unsettled is delivered again, and consumers come back a moment later.
-    pub fn cut(&self) {
-        let mut state = self.0.lock();
-        let lost: Vec<_> = state.queues.values_mut().flat_map(|queue| queue.consumers.drain(..)).collect();
-        state.end_sessions();
-        drop(state);
-        self.end(lost);
-    }
-
-    /// Deletes a queue with what is in it; its consumers are cancelled.
-    pub fn delete_queue(&self, name: &str) {
-        let mut state = self.0.lock();
-        state.bindings.retain(|binding| binding.queue != name);
-        let gone = state.queues.remove(name);
-        drop(state);
-        self.end(gone.map(|queue| queue.consumers).unwrap_or_default());
-    }
-
-    /// Makes a queue refuse messages while it holds `limit` of them; `None` lifts it.
-    pub fn set_limit(&self, queue: &str, limit: impl Into<Option<usize>>) {
-        if let Some(queue) = self.0.lock().queues.get_mut(queue) {
-            queue.limit = limit.into();
-        }
-    }
-
-    /// Refuses every publish, or none any more.
-    pub fn refuse_publishes(&self, refuse: bool) {
-        self.0.lock().refusing = refuse;
-    }
-
-    /// Takes the next message but loses its confirm, as if the connection broke in between.
-    pub fn lose_confirm_once(&self) {
-        self.0.lock().losing = true;
-    }
-
-    /// Forgets the consumers of a queue without a word to them, as a broker at fault does.
-    pub fn drop_consumers(&self, queue: &str) {
-        if let Some(queue) = self.0.lock().queues.get_mut(queue) {
-            queue.consumers.clear();
-        }
-    }
-
-    /// Whether a queue gives messages to the consumers that it has now; those that come later are served in any case.
-    pub fn serve_consumers(&self, name: &str, serve: bool) {
-        let mut state = self.0.lock();
-        if let Some(queue) = state.queues.get_mut(name) {
-            queue.consumers.iter_mut().for_each(|consumer| consumer.deaf = !serve);
-        }
-        Shared::pump(&mut state, [name.to_owned()]);
-    }
-
-    /// Tells, or does not tell, who consumes: not every broker can be asked.
-    pub fn tell_consumers(&self, tell: bool) {
-        self.0.lock().telling = tell;
-    }
-
-    /// How often consumers looked at a queue, and how many sessions of consumers it has seen.
-    #[must_use]
-    pub fn looks_and_sessions(&self, queue: &str) -> (u64, u64) {
-        let tally = self.0.lock().tally.get(queue).copied().unwrap_or_default();
-        (tally.looks, tally.sessions)
-    }
-
     /// What is ready in a queue, in its order.
     #[must_use]
     pub fn messages(&self, queue: &str) -> Vec<Message> {
@@ -140,16 +78,6 @@ impl Memory {
     #[must_use]
     pub fn published(&self) -> Vec<Outgoing> {
         self.0.lock().published.clone()
-    }
-
-    /// Ends sessions; not under the lock, since each gives back what it holds.
-    fn end(&self, lost: Vec<Attached>) {
-        for attached in &lost {
-            attached.hold.end();
-            attached.inbox.forget_stale();
-        }
-        drop(lost);
-        self.0.ended.notify_waiters();
     }
 }
 
@@ -246,14 +174,18 @@ impl Shared {
         Ok(hold)
     }
 
-    /// Takes a consumer off its queue; what it holds is returned to be let go outside of the lock.
-    fn detach(&self, hold: &Hold) -> Vec<Attached> {
+    /// Takes a consumer off its queue, which has back what it holds before the next one is served if `give_back`; what is
+    /// left of it is returned to be let go outside of the lock.
+    fn detach(&self, hold: &Hold, give_back: bool) -> Vec<Attached> {
         let mut state = self.lock();
         let mut gone = Vec::new();
         for queue in state.queues.values_mut() {
             let (out, rest) = queue.consumers.drain(..).partition(|consumer| consumer.hold.id() == hold.id());
             gone.extend::<Vec<_>>(out);
             queue.consumers = rest;
+            if give_back {
+                queue.give_back_all(hold.id());
+            }
         }
         state.end_sessions();
         let queues: Vec<_> = state.queues.keys().cloned().collect();
@@ -280,7 +212,7 @@ async fn sessions(
     consume: Consume,
     inbox: Arc<Inbox>,
     presence: Arc<Presence>,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
     health: watch::Sender<Health>,
     mut hold: Arc<Hold>,
 ) {
@@ -297,17 +229,25 @@ async fn sessions(
             }
             tokio::select! {
                 () = stopped(&mut stop) => {
-                    drop(shared.detach(&hold));
+                    let how = *stop.borrow();
+                    drop(shared.detach(&hold, how == Stop::LetGo));
                     presence.end();
-                    for delivery in inbox.drain() {
-                        // It was taken back from under us: then it is in its queue already.
-                        let _ = delivery.requeue().await;
+                    match how {
+                        Stop::No | Stop::GiveBack => for delivery in inbox.drain() {
+                            // It was taken back from under us: then it is in its queue already.
+                            let _ = delivery.requeue().await;
+                        },
+                        Stop::KeepOrder => inbox.close(),
+                        Stop::LetGo => {
+                            hold.end();
+                            inbox.close();
+                        }
                     }
                     health.send_replace(Health::Down);
                     return;
                 }
                 () = rebuild_asked(&mut rebuilds) => {
-                    let gone = shared.detach(&hold);
+                    let gone = shared.detach(&hold, false);
                     hold.end();
                     inbox.forget_stale();
                     drop(gone);
@@ -346,7 +286,7 @@ impl Broker for Memory {
     async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError> {
         let (inbox, presence) = (Arc::new(Inbox::default()), Arc::new(Presence::default()));
         let hold = self.0.attach(&consume, &inbox, &presence)?;
-        let (stop, stopped) = watch::channel(false);
+        let (stop, stopped) = watch::channel(Stop::No);
         let (health_out, health) = watch::channel(Health::Up);
         let broker = Arc::downgrade(&self.0);
         tokio::spawn(sessions(broker, consume, inbox.clone(), presence.clone(), stopped, health_out, hold));

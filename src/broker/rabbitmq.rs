@@ -34,8 +34,8 @@ use self::{
     session::Sessions,
 };
 use super::{
-    Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Inbox, Outgoing, Presence, PublishError, Topology,
-    View, management::Management, settings::BrokerSettings,
+    Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Inbox, Outgoing, Presence, PublishError, Stop,
+    Topology, View, management::Management, settings::BrokerSettings,
 };
 use crate::protocol::wire::{HeaderValue, Headers};
 
@@ -225,7 +225,7 @@ impl Broker for RabbitMq {
 
     async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError> {
         let (inbox, presence) = (Arc::new(Inbox::default()), Arc::new(Presence::default()));
-        let (stop, stopped) = watch::channel(false);
+        let (stop, stopped) = watch::channel(Stop::No);
         let (health_out, health) = watch::channel(Health::Down);
         let (first, opened) = oneshot::channel();
         let sessions = Sessions {

@@ -110,8 +110,7 @@ async fn agent(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
         None => Arc::new(Unobserved),
     };
     let holder = holder(&config, &node, &boot);
-    let parts =
-        Parts { settings, broker: broker.clone(), journal, executor, observer, clock: Clock::system(), boot };
+    let parts = Parts { settings, broker: broker.clone(), journal, executor, observer, clock: Clock::system(), boot };
     let worker = Worker::new(parts, shutdown.soft().clone(), shutdown.hard().clone());
     tell_readiness(&worker);
     let door = hand_over::mind(&config.storage_path, &lock, &worker, holder);

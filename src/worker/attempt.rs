@@ -16,6 +16,7 @@ use super::{
     Interrupted, Worker,
     arrival::Arrival,
     hand_over::Parked,
+    line::InLine,
     reporter::About,
     step::{Observe, Step},
     turns::Turn,
@@ -103,13 +104,14 @@ impl Worker {
         self: &Arc<Self>,
         arrival: &Arrival,
         ticket: Ticket,
+        line: InLine,
         turn: &mut Option<Turn>,
     ) -> Result<Ending, Interrupted> {
         let over = |outcome| Ok(Ending::Over { ticket, outcome });
         if let Err(failure) = self.executor.admit(&arrival.task) {
             return over(Outcome::Rejected(failure));
         }
-        match self.wait_for_turn(arrival, ticket).await? {
+        match self.wait_for_turn(arrival, ticket, line).await? {
             Waited::Turn(taken) => *turn = Some(taken),
             Waited::TooMany | Waited::TooLong => {
                 return Ok(Ending::round_trip(ticket, ROUND_TRIP, arrival.headers.deferred_since));
@@ -124,8 +126,10 @@ impl Worker {
         }
     }
 
-    async fn wait_for_turn(&self, arrival: &Arrival, ticket: Ticket) -> Result<Waited, Interrupted> {
+    async fn wait_for_turn(&self, arrival: &Arrival, ticket: Ticket, line: InLine) -> Result<Waited, Interrupted> {
         let Some(mut queued) = self.turns.queue(&arrival.task, ticket.place) else { return Ok(Waited::TooMany) };
+        // From here on the schedule keeps the order.
+        drop(line);
         self.observer.reached(Step::Queued, Some(&arrival.key.task_id));
         if self.soft.is_cancelled() {
             return Err(Interrupted::Stopping);

@@ -1,6 +1,9 @@
 //! The worker's life: when it takes messages, when it stops, and what it looks after meanwhile.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use jiff::SignedDuration;
 use tokio::sync::watch;
@@ -13,7 +16,7 @@ use super::{
     watch::{Verdict, Watched},
 };
 use crate::{
-    broker::{BrokerError, Consume, Consumer, Topology},
+    broker::{BrokerError, Consume, Consumer, Stop, Topology},
     journal::Key,
 };
 
@@ -141,7 +144,13 @@ impl Worker {
             let ended = self.take_until(&mut consumer).await;
             drop(watch);
             // What was not handed out goes back by this; what is in hand can still be settled.
-            consumer.stop();
+            consumer.end(match ended {
+                // Nothing runs, and somebody is next in line.
+                Ended::Stopping if self.left.load(Ordering::SeqCst) => Stop::LetGo,
+                // A pull that waits behind its clone must not come first at the next start.
+                Ended::Stopping => Stop::KeepOrder,
+                Ended::Paused | Ended::Trouble | Ended::CautionOver => Stop::GiveBack,
+            });
             drop(consumer);
             self.readiness.send_modify(|readiness| readiness.consuming = false);
             tracing::info!(reason = ?ended, "not consuming");
@@ -189,7 +198,7 @@ impl Worker {
                 // An error would mean that the worker itself is gone.
                 _ = verdict.changed() => {}
                 delivery = consumer.next(), if room => match delivery {
-                    Some(delivery) => drop(self.handling.spawn(self.clone().handle(delivery))),
+                    Some(delivery) => self.receive(delivery),
                     None => return Ended::Trouble,
                 },
             }

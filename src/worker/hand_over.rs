@@ -64,6 +64,7 @@ impl Worker {
         };
         let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
         // Only now is the consumer given up, and what waits goes to who is next in line.
+        self.left.store(true, Ordering::SeqCst);
         self.soft.cancel();
         true
     }

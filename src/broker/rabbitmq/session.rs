@@ -28,9 +28,8 @@ use super::{
     waits::Waits,
 };
 use crate::broker::{
-    BrokerError, Consume, Counts, Delivery, Health, Inbox, Presence, Settle, Settlement, StaleDelivery,
-    inbox::stopped,
-    presence::rebuild_asked,
+    BrokerError, Consume, Counts, Delivery, Health, Inbox, Presence, Settle, Settlement, StaleDelivery, Stop,
+    inbox::stopped, presence::rebuild_asked,
 };
 
 /// For the broker's part in opening or closing a session.
@@ -107,7 +106,7 @@ impl Settle for Tag {
 /// Why a session ended.
 enum End {
     /// The consumer was stopped or dropped.
-    Asked,
+    Asked(Stop),
     /// Another session was asked for.
     Rebuild,
     /// Anything else.
@@ -135,7 +134,7 @@ pub(super) struct Sessions {
     pub(super) link: watch::Receiver<State>,
     pub(super) inbox: Arc<Inbox>,
     pub(super) presence: Arc<Presence>,
-    pub(super) stop: watch::Receiver<bool>,
+    pub(super) stop: watch::Receiver<Stop>,
     pub(super) health: watch::Sender<Health>,
 }
 
@@ -175,7 +174,7 @@ impl Sessions {
                     self.presence.end();
                     self.health.send_replace(Health::Down);
                     match end {
-                        End::Asked => break,
+                        End::Asked(_) => break,
                         End::Rebuild => tracing::info!(broker.queue = self.consume.queue, "consuming anew"),
                         End::Fault(reason) => tracing::warn!(
                             broker.queue = self.consume.queue,
@@ -277,7 +276,7 @@ impl Sessions {
             self.health.send_if_modified(|old| std::mem::replace(old, health) != health);
             tokio::select! {
                 biased;
-                () = stopped(&mut self.stop) => break End::Asked,
+                () = stopped(&mut self.stop) => break End::Asked(*self.stop.borrow()),
                 () = rebuild_asked(&mut rebuilds) => break End::Rebuild,
                 arrived = session.stream.next() => match arrived {
                     Some(Ok(arrived)) => self.inbox.put(Tag::deliver(arrived, &session.hold)),
@@ -293,8 +292,9 @@ impl Sessions {
             }
         };
         match &end {
-            End::Asked => self.wind_up(session).await,
-            End::Rebuild | End::Fault(_) => {
+            End::Asked(how @ (Stop::No | Stop::GiveBack | Stop::KeepOrder)) => self.wind_up(session, *how).await,
+            // Not cancelled first: then the next in line would be served before what we hold is back.
+            End::Asked(Stop::LetGo) | End::Rebuild | End::Fault(_) => {
                 session.hold.end();
                 self.inbox.forget_stale();
                 if matches!(end, End::Rebuild) {
@@ -310,11 +310,15 @@ impl Sessions {
     }
 
     /// Cancels, gives back what was not handed out, and leaves the channel to the deliveries in hand.
-    async fn wind_up(&self, mut session: Session) {
+    async fn wind_up(&self, mut session: Session, how: Stop) {
         let cancel = session.channel.basic_cancel(session.tag.clone(), BasicCancelOptions::default());
         let cancelled = tokio::time::timeout(STEP_TIMEOUT, cancel).await;
         if !matches!(cancelled, Ok(Ok(()))) {
             return;
+        }
+        if how == Stop::KeepOrder {
+            // It goes back as the channel closes, together with what is in hand.
+            return self.inbox.close();
         }
         let mut rest = self.inbox.drain();
         // The cancel is confirmed: what the stream holds now is all there will be.

@@ -71,7 +71,9 @@ impl TakeOver<'_> {
             )));
         }
         // What this process would refuse to start for is found while the other one still runs.
-        Support::of_this_node().allow(&self.config.git).map_err(|failure| self.refused(&format!("goes on: {failure}")))?;
+        Support::of_this_node()
+            .allow(&self.config.git)
+            .map_err(|failure| self.refused(&format!("goes on: {failure}")))?;
         tracing::info!(
             process.id = visit.holder.pid,
             version = visit.holder.version,
