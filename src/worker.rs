@@ -10,6 +10,7 @@ mod consume;
 mod control;
 mod copies;
 mod enrol;
+mod error;
 mod hand_over;
 mod history;
 mod line;
@@ -35,6 +36,7 @@ use tokio::sync::{Notify, watch::Sender};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use enrol::Ahead;
+pub use error::WorkerError;
 pub use readiness::Readiness;
 pub use settings::{Clock, WorkerSettings};
 pub use step::{Observe, Step, Unobserved};
@@ -45,11 +47,12 @@ use crate::{
     failure::{ErrorClass, Failure},
     journal::{Admission, Entry, Key},
     protocol::{Origin, Outcome, wire::Undecodable},
-    store::{Journal, JournalError},
+    store::Journal,
 };
 use active::{Active, Entered};
 use arrival::Arrival;
 use attempt::Ending;
+use error::Interrupted;
 use history::Histories;
 use line::{InLine, Lines};
 use reporter::Reporter;
@@ -121,47 +124,6 @@ pub struct Worker {
     parked: AtomicUsize,
     /// Who asked for a drain, to be told when it is done.
     drains: Mutex<Vec<Option<String>>>,
-}
-
-/// Why a role ended otherwise than by being asked to.
-#[derive(Debug, thiserror::Error)]
-pub enum WorkerError {
-    /// The broker could not be used.
-    #[error(transparent)]
-    Broker(#[from] crate::broker::BrokerError),
-    /// The journal could not be used.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// Somebody else consumes our queue.
-    #[error(
-        "another consumer is on queue {queue:?}: an agent of the same name runs elsewhere; stop it, rename this node, \
-         or take the queue with --force"
-    )]
-    Occupied {
-        /// The queue.
-        queue: String,
-    },
-    /// What the queue needs is missing and we may not make it.
-    #[error("the broker has no {missing}: run `haul topology apply` as a user who may, then start again")]
-    Topology {
-        /// What is missing.
-        missing: String,
-    },
-}
-
-/// Why a message's path ended early; its deliveries go back to the broker.
-#[derive(Debug)]
-enum Interrupted {
-    /// The worker stops.
-    Stopping,
-    /// The journal cannot be written.
-    Journal(JournalError),
-}
-
-impl From<JournalError> for Interrupted {
-    fn from(error: JournalError) -> Self {
-        Self::Journal(error)
-    }
 }
 
 impl Worker {

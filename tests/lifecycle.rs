@@ -55,6 +55,7 @@ async fn the_first_signal_finishes_what_runs_and_the_rest_is_given_back() {
 #[tokio::test]
 async fn what_waits_at_the_end_is_taken_up_in_its_order_at_the_next_start() {
     let (slow, upstream) = (Slow::new(), support::repository::Repository::new());
+    slow.server.behave(Behaviour::HoldPack);
     let mut agent = Agent::new(Rabbit::shared()).await;
     agent.set("AGENT_SLOTS", "1");
     agent.start(&[]);
@@ -190,8 +191,9 @@ async fn after_a_hundred_reconnects_there_is_no_thread_descriptor_or_child_more_
     agent.publish(&Agent::task("between", "status", 7)).await;
     agent.end("between", 0).await;
     let before = Census::of(agent.pid());
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS {
         reconnect().await;
+        if round % 10 == 0 { println!("TEMP {round} {:?}", Census::of(agent.pid())); }
     }
     agent.publish(&Agent::task("after", "status", 7)).await;
     agent.end("after", 0).await;

@@ -29,7 +29,7 @@ use self::{
 };
 use super::{
     Broker, BrokerError, Browse, Consume, Consumer, Delivery, Depth, Health, Inbox, Outgoing, Presence, PublishError,
-    Settlement, StaleDelivery, Stop, Topology, View, inbox::stopped, presence::rebuild_asked,
+    Settlement, StaleDelivery, Stop, Topology, View, inbox::stopped,
 };
 use crate::protocol::wire::Message;
 
@@ -216,8 +216,8 @@ async fn sessions(
     health: watch::Sender<Health>,
     mut hold: Arc<Hold>,
 ) {
-    let mut rebuilds = presence.rebuilds();
     loop {
+        let mut rebuilds = presence.rebuilds();
         health.send_replace(Health::Up);
         loop {
             let Some(shared) = broker.upgrade() else { return inbox.close() };
@@ -246,7 +246,7 @@ async fn sessions(
                     health.send_replace(Health::Down);
                     return;
                 }
-                () = rebuild_asked(&mut rebuilds) => {
+                () = rebuilds.asked() => {
                     let gone = shared.detach(&hold, false);
                     hold.end();
                     inbox.forget_stale();

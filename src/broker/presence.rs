@@ -15,6 +15,8 @@ pub struct Presence {
 }
 
 struct Session {
+    /// What was asked for before it began is not meant for it.
+    mark: u64,
     tag: String,
     before: u32,
     counts: Arc<Counts>,
@@ -64,7 +66,8 @@ impl Ours {
 impl Presence {
     /// A session stands; for backends.
     pub fn begin(&self, tag: &str, before: u32, counts: &Arc<Counts>) {
-        *self.lock() = Some(Session { tag: tag.to_owned(), before, counts: Arc::clone(counts) });
+        let mark = *self.rebuilds.borrow();
+        *self.lock() = Some(Session { mark, tag: tag.to_owned(), before, counts: Arc::clone(counts) });
     }
 
     /// No session stands; for backends.
@@ -96,9 +99,10 @@ impl Presence {
         self.rebuilds.send_modify(|count| *count += 1);
     }
 
-    /// Sees what is asked for from now on; for backends.
-    pub(super) fn rebuilds(&self) -> watch::Receiver<u64> {
-        self.rebuilds.subscribe()
+    /// Hears when the session that stands is to be replaced; for backends.
+    pub(super) fn rebuilds(&self) -> Rebuilds {
+        let mark = self.lock().as_ref().map_or(u64::MAX, |session| session.mark);
+        Rebuilds { count: self.rebuilds.subscribe(), mark }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Session>> {
@@ -106,11 +110,20 @@ impl Presence {
     }
 }
 
-/// Returns when another session was asked for.
-pub(super) async fn rebuild_asked(rebuilds: &mut watch::Receiver<u64>) {
-    // Whoever asks lives as long as the consumer; without one nobody does.
-    if rebuilds.changed().await.is_err() {
-        std::future::pending::<()>().await;
+/// What is asked of one session.
+pub(super) struct Rebuilds {
+    count: watch::Receiver<u64>,
+    mark: u64,
+}
+
+impl Rebuilds {
+    /// Returns when another session was asked for.
+    pub(super) async fn asked(&mut self) {
+        let mark = self.mark;
+        // Whoever asks lives as long as the consumer; without one nobody does.
+        if self.count.wait_for(|count| *count > mark).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 }
 

@@ -76,7 +76,7 @@ mod tests {
     #[tokio::test]
     async fn each_waits_for_the_one_before_it_in_its_project_and_for_no_other() {
         let lines = Arc::new(Lines::default());
-        let (one, other) = (ProjectId(1), ProjectId(2));
+        let (one, other) = (1, 2);
         let (mut first, mut second, mut third) = (lines.join(one), lines.join(one), lines.join(one));
         let mut elsewhere = lines.join(other);
         first.first().await;

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::broker::{
     BrokerError, Consume, Counts, Delivery, Health, Inbox, Presence, Settle, Settlement, StaleDelivery, Stop,
-    inbox::stopped, presence::rebuild_asked,
+    inbox::stopped,
 };
 
 /// For the broker's part in opening or closing a session.
@@ -277,7 +277,7 @@ impl Sessions {
             tokio::select! {
                 biased;
                 () = stopped(&mut self.stop) => break End::Asked(*self.stop.borrow()),
-                () = rebuild_asked(&mut rebuilds) => break End::Rebuild,
+                () = rebuilds.asked() => break End::Rebuild,
                 arrived = session.stream.next() => match arrived {
                     Some(Ok(arrived)) => self.inbox.put(Tag::deliver(arrived, &session.hold)),
                     Some(Err(error)) => break End::Fault(words(&error)),
