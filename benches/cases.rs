@@ -115,6 +115,7 @@ async fn warm(world: &mut World, size: &str) {
     agent.clone(1, &url, "first").await;
     let mut haul = Series::new("haul, mirror there");
     let (mut copied, mut theirs) = (Series::new("cp -r, then sync"), Series::new("git clone"));
+    let mut listed = Series::new("git ls-remote, the listing alone");
     for round in 0..world.more_rounds_for(size) {
         place.settle();
         haul.rounds.push(ms(agent.clone(round as u64 + 2, &url, &format!("warm-{round}")).await.after));
@@ -126,9 +127,12 @@ async fn warm(world: &mut World, size: &str) {
         place.settle();
         copied.rounds.push(ms(begun.elapsed()));
         theirs.rounds.push(timed(git_clone(&place, &url, &format!("git-{round}"))));
+        let mut listing = git_command(place.path());
+        listing.args(["ls-remote", "--quiet", &url]);
+        listed.rounds.push(timed(listing));
     }
     let title = format!("Warm clone, {size}");
-    world.report.add(Comparison { name: format!("warm-{size}"), title, series: vec![haul, copied, theirs] });
+    world.report.add(Comparison { name: format!("warm-{size}"), title, series: vec![haul, copied, theirs, listed] });
 }
 
 async fn pull(world: &mut World, size: &str, path: &Path) {

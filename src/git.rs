@@ -21,7 +21,7 @@ pub(crate) mod workspace;
 
 pub(crate) use child::{Children, Confinement, Support};
 pub(crate) use mirror::{Came, Fetched, Held, Listing, Mirrors, Tip, Underway, Want, send_objects};
-pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Projects, PullNote, Site, Staging, Stamp};
+pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Packs, Projects, PullNote, Site, Staging, Stamp};
 pub use projects::{ProjectRecord, survey};
 pub(crate) use room::room;
 pub use run::{Fence, Run};

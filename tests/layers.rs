@@ -225,3 +225,37 @@ fn the_reader_of_sources_finds_what_it_looks_for() {
     }
     assert_eq!(without_text("let a = \"tokio::x\"; // tokio::y"), "let a = \"\"; ");
 }
+
+#[test]
+fn every_test_that_a_document_names_is_there() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let read = |files: Vec<PathBuf>| files.into_iter().map(|file| std::fs::read_to_string(file).unwrap());
+    let code: String =
+        read([files_of(&root.join("src"), "rs"), files_of(&root.join("tests"), "rs")].concat()).collect();
+    let documents = read([files_of(&root.join("docs"), "md"), vec![root.join("README.md")]].concat());
+    let mut named = 0;
+    for document in documents {
+        // Names of tests are sentences; nothing else in the documents has so many words.
+        let is_test = |word: &&str| {
+            word.matches('_').count() >= 4
+                && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        };
+        for test in document.split('`').filter(is_test) {
+            // Or by a macro that makes one of each line.
+            let is_there = code.contains(&format!("fn {test}(")) || code.contains(&format!("\n    {test}: "));
+            assert!(is_there, "no test is called {test}");
+            named += 1;
+        }
+    }
+    assert!(named > 10, "the documents name {named} tests: the way they are looked for is wrong");
+}
+
+/// Every file below `directory` with this ending.
+fn files_of(directory: &Path, ending: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let below = |path: PathBuf| match path.is_dir() {
+        true => files_of(&path, ending),
+        false => Vec::from_iter((path.extension() == Some(ending.as_ref())).then_some(path)),
+    };
+    entries.flat_map(below).collect()
+}

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     failure::{ErrorClass, Failure},
-    git::{Applied, Binding, Fetched, Follows, Identity, Listing, Look, Make, Run, Site, Staging, workspace},
+    git::{Applied, Binding, Fetched, Follows, Identity, Listing, Look, Make, Packs, Run, Site, Staging, workspace},
     protocol::{CloneTask, Revision, TaskResult},
 };
 
@@ -142,7 +142,7 @@ async fn made(
     run: &Run<'_>,
 ) -> Result<TaskResult, Failure> {
     git.reserve.check_copy(&fetched.path).await?;
-    copy_objects(git, fetched, staging, run).await?;
+    take_objects(git, fetched, staging, run).await?;
     let order = Make {
         url: work.url.as_str().to_owned(),
         listing: fetched.listing.clone(),
@@ -170,8 +170,8 @@ async fn made(
     })
 }
 
-/// Copies what the mirror holds; ends early when the run does.
-async fn copy_objects(
+/// Takes what the mirror holds; ends early when the run does.
+async fn take_objects(
     git: &GitExecutor,
     fetched: &Fetched,
     staging: &Arc<Staging>,
@@ -179,8 +179,9 @@ async fn copy_objects(
 ) -> Result<(), Failure> {
     let (mirror, staged) = (fetched.path.clone(), Arc::clone(staging));
     let reserve = git.reserve.clone();
+    let packs = if fetched.is_passing() { Packs::Moved } else { Packs::Copied };
     copied("copying", run, move |moved| {
-        staged.copy_objects(&mirror, &mut |count| {
+        staged.take_objects(&mirror, packs, &mut |count| {
             moved(count)?;
             reserve.still()
         })

@@ -114,7 +114,15 @@ pub struct Fetched {
     pub source: Source,
     /// The commits at which the history ends; none in a mirror.
     pub shallow: Vec<String>,
-    _hold: Hold,
+    hold: Hold,
+}
+
+impl Fetched {
+    /// Whether nobody else reads it, now or later: its packs may be taken instead of copied.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self.hold, Hold::Tip { .. })
+    }
 }
 
 /// What keeps the objects where they are.
@@ -284,7 +292,7 @@ impl Mirrors {
             received_bytes: answer.received_bytes,
             source: answer.source,
             shallow: answer.shallow,
-            _hold: Hold::Mirror { _lease: Box::new(lease) },
+            hold: Hold::Mirror { _lease: Box::new(lease) },
         })
     }
 

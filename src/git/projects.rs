@@ -33,6 +33,7 @@ use std::{
 use serde::Serialize;
 
 pub(crate) use self::binding::{Applied, Binding, Follows, Stamp, Tombstone};
+pub(crate) use self::objects::Packs;
 pub use self::survey::{ProjectRecord, survey};
 pub(crate) use self::{
     dir::{Dir, Identity},

@@ -105,7 +105,7 @@ impl Mirrors {
             received_bytes: answer.received_bytes,
             source: answer.source,
             shallow: answer.shallow,
-            _hold: Hold::Tip { _store: store },
+            hold: Hold::Tip { _store: store },
         })
     }
 }

@@ -22,6 +22,10 @@ use crate::{
 /// How long a fetch stands still at most: servers give up clients that take nothing, after a minute or more.
 const LONGEST_HOLD: Duration = Duration::from_secs(10);
 
+/// More objects than are received in a second anywhere (about 85,000 on two cores that are also the server's). What
+/// announces more than this allows for need not be waited for.
+const MOST_OBJECTS_A_SECOND: u64 = 250_000;
+
 /// A full fetch under way. Dropping it stops the fetch, unless it was let go.
 pub(crate) struct Underway {
     done: oneshot::Receiver<Result<Fetched, Failure>>,
@@ -116,16 +120,12 @@ impl Mirrors {
 }
 
 impl Underway {
-    /// Waits for its end, or until it has been receiving for `after`.
+    /// Waits for its end, or until it has been receiving for `after`, or for as long as it takes to see that it will.
     ///
     /// # Errors
     /// Its own failure, or a bound of `run`.
     pub(crate) async fn come(&mut self, after: Duration, run: &Run<'_>) -> Result<Came, Failure> {
-        let mut heard = self.heard.clone();
-        let slow = async move {
-            let told = heard.wait_for(Option::is_some).await.is_ok();
-            if told { tokio::time::sleep(after).await } else { std::future::pending().await }
-        };
+        let slow = is_slow(self.heard.clone(), self.progress.clone(), after);
         tokio::select! {
             biased;
             whole = self.whole(run) => whole.map(Came::Whole),
@@ -177,5 +177,52 @@ impl Underway {
             let mut ahead = self.mirrors.ahead.lock().unwrap_or_else(PoisonError::into_inner);
             ahead.insert(self.key, self.cancel);
         }
+    }
+}
+
+/// Waits until a fetch has been receiving for `after`, or has announced so much that it certainly will.
+async fn is_slow(mut heard: watch::Receiver<Option<Heard>>, mut progress: watch::Receiver<Progress>, after: Duration) {
+    let most = u64::try_from(after.as_millis()).unwrap_or(u64::MAX).saturating_mul(MOST_OBJECTS_A_SECOND) / 1000;
+    if heard.wait_for(Option::is_some).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    let announced = progress.wait_for(|progress| progress.total.is_some_and(|total| total > most));
+    tokio::select! {
+        () = tokio::time::sleep(after) => {}
+        Ok(_) = announced => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AFTER: Duration = Duration::from_millis(300);
+
+    async fn waited(total: Option<u64>) -> Duration {
+        let (_heard, heard) = watch::channel(Some(Heard::default()));
+        let (tell, progress) = watch::channel(Progress::default());
+        let begun = Instant::now();
+        let slow = tokio::spawn(is_slow(heard, progress, AFTER));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        tell.send_modify(|progress| progress.total = total);
+        slow.await.unwrap();
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn more_objects_than_can_come_in_time_are_not_waited_for() {
+        assert!(waited(Some(500_000)).await < Duration::from_millis(20));
+        assert!(waited(Some(1_000)).await >= AFTER);
+        assert!(waited(None).await >= AFTER);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_said_nothing_of_what_it_receives_is_not_slow() {
+        let (tell, heard) = watch::channel(None::<Heard>);
+        let (_progress, progress) = watch::channel(Progress { total: Some(500_000), ..Progress::default() });
+        let slow = is_slow(heard, progress, AFTER);
+        assert!(tokio::time::timeout(AFTER * 100, slow).await.is_err());
+        drop(tell);
     }
 }

@@ -4,7 +4,11 @@ use std::{collections::BTreeSet, path::Path};
 
 use rustix::fs::OFlags;
 
-use super::{Dir, Staging, objects, staging::give};
+use super::{
+    Dir, Staging,
+    objects::{self, Packs},
+    staging::give,
+};
 use crate::{failure::Failure, git::pointer::Pointer};
 
 impl Staging {
@@ -19,7 +23,7 @@ impl Staging {
         moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let objects = self.way(&self.dir, &format!("{git}/objects"))?;
-        self.await_later(objects::copy(mirror, &objects, self.owner, moved)?);
+        self.await_later(objects::copy(mirror, &objects, self.owner, Packs::Copied, moved)?);
         Ok(())
     }
 

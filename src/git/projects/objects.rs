@@ -1,9 +1,9 @@
 //! Copying the objects of a mirror into a new project.
 //!
 //! Cloned where the file system can, else copied; never hard links, through which the owner of a project could
-//! change the mirror.
+//! change the mirror. What nobody else reads is moved, if it lies on the same file system.
 
-use std::{fs::File, io, os::unix::ffi::OsStrExt, path::Path, thread::JoinHandle};
+use std::{ffi::OsStr, fs::File, io, os::unix::ffi::OsStrExt, path::Path, thread::JoinHandle};
 
 use rustix::{
     fs::{FileType, OFlags, copy_file_range, ioctl_ficlone},
@@ -21,6 +21,15 @@ const CHUNK: usize = 32 << 20;
 
 /// What is this long goes down to the disk on its own, while the project is made; what is shorter waits for the end.
 const LONG: u64 = 8 << 20;
+
+/// What becomes of the packs that are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packs {
+    /// They stay: others read them.
+    Copied,
+    /// They go: nobody else reads them.
+    Moved,
+}
 
 /// Files that the disk is taking just now.
 #[derive(Debug, Default)]
@@ -59,6 +68,7 @@ pub(super) fn copy(
     mirror: &Path,
     into: &Dir,
     owner: Option<Owner>,
+    taken: Packs,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
 ) -> Result<Writing, Failure> {
     let mut writing = Writing::default();
@@ -72,7 +82,8 @@ pub(super) fn copy(
             let fan = name.to_str().ok_or_else(|| Failure::internal("a name of two digits is not text"))?;
             let fan = into.ensure(fan, 0o755)?;
             give(&fan, owner)?;
-            copy_files(&from.child(&name)?, &fan, owner, &|file| file.len() == 38, &mut writing, moved)?;
+            let loose = |file: &[u8]| file.len() == 38;
+            copy_files(&from.child(&name)?, &fan, owner, (&loose, Packs::Copied), &mut writing, moved)?;
         }
     }
     match from.child("pack") {
@@ -80,7 +91,7 @@ pub(super) fn copy(
             let whole = |file: &[u8]| {
                 file.starts_with(b"pack-") && [&b".pack"[..], b".idx", b".rev"].iter().any(|end| file.ends_with(end))
             };
-            copy_files(&source, &packs, owner, &whole, &mut writing, moved)?;
+            copy_files(&source, &packs, owner, (&whole, taken), &mut writing, moved)?;
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error.into()),
@@ -92,15 +103,25 @@ fn copy_files(
     from: &Dir,
     into: &Dir,
     owner: Option<Owner>,
-    wanted: &dyn Fn(&[u8]) -> bool,
+    (wanted, taken): (&dyn Fn(&[u8]) -> bool, Packs),
     writing: &mut Writing,
     moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     for (name, kind) in from.entries()? {
         if matches!(kind, FileType::RegularFile | FileType::Unknown) && wanted(name.as_bytes()) {
-            let source = from.open_file(&name, OFlags::RDONLY, 0)?;
-            let target = into.open_file(&name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
-            copy_file(&source, &target, moved)?;
+            let target = match taken {
+                Packs::Moved => move_file(from, into, &name, moved)?,
+                Packs::Copied => None,
+            };
+            let target = match target {
+                Some(target) => target,
+                None => {
+                    let source = from.open_file(&name, OFlags::RDONLY, 0)?;
+                    let target = into.open_file(&name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, 0o444)?;
+                    copy_file(&source, &target, moved)?;
+                    target
+                }
+            };
             rustix::fs::fchmod(&target, rustix::fs::Mode::from_raw_mode(0o444)).map_err(io::Error::from)?;
             give(&target, owner)?;
             if target.metadata()?.len() >= LONG {
@@ -109,6 +130,24 @@ fn copy_files(
         }
     }
     Ok(())
+}
+
+/// Moves a file; nothing where it lies on another file system.
+fn move_file(
+    from: &Dir,
+    into: &Dir,
+    name: &OsStr,
+    moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
+) -> Result<Option<File>, Failure> {
+    let Some(plain) = name.to_str() else { return Ok(None) };
+    match from.rename_to(plain, into, plain) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    let target = into.open_file(name, OFlags::RDONLY, 0)?;
+    moved(target.metadata()?.len())?;
+    Ok(Some(target))
 }
 
 pub(super) fn copy_file(
@@ -142,4 +181,33 @@ pub(super) fn copy_file(
         return Err(Failure::new(ErrorClass::Internal, "a mirror changed while it was copied"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_mirror_keeps_its_packs_and_what_nobody_else_reads_gives_them() {
+        for (taken, stays) in [(Packs::Copied, true), (Packs::Moved, false)] {
+            let place = tempfile::tempdir().unwrap();
+            let pack = place.path().join("mirror/objects/pack/pack-1.pack");
+            std::fs::create_dir_all(pack.parent().unwrap()).unwrap();
+            std::fs::write(&pack, "objects").unwrap();
+            std::fs::create_dir(place.path().join("objects")).unwrap();
+            let into = Dir::open(&place.path().join("objects")).unwrap();
+            let mut bytes = 0;
+            let mut moved = |count| {
+                bytes += count;
+                Ok(())
+            };
+            copy(&place.path().join("mirror"), &into, None, taken, &mut moved).unwrap();
+            let taken = place.path().join("objects/pack/pack-1.pack");
+            assert_eq!(std::fs::read(&taken).unwrap(), b"objects");
+            assert_eq!(std::fs::metadata(&taken).unwrap().permissions().mode() & 0o777, 0o444);
+            assert_eq!((pack.exists(), bytes), (stays, 7));
+        }
+    }
 }

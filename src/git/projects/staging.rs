@@ -13,7 +13,11 @@ use rustix::{
     process::{Gid, Uid, getgid, getuid},
 };
 
-use super::{Dir, Projects, objects, start};
+use super::{
+    Dir, Projects,
+    objects::{self, Packs},
+    start,
+};
 use crate::{
     failure::Failure,
     protocol::{Owner, TaskId},
@@ -31,20 +35,21 @@ pub(crate) struct Staging {
 }
 
 impl Staging {
-    /// Copies the objects of `mirror` into it.
+    /// Takes the objects of `mirror` into it.
     ///
     /// # Errors
     /// When that fails, or what `moved` said.
-    pub(crate) fn copy_objects(
+    pub(crate) fn take_objects(
         &self,
         mirror: &Path,
+        packs: Packs,
         moved: &mut dyn FnMut(u64) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let git = self.dir.ensure(".git", 0o755)?;
         let objects = git.ensure("objects", 0o755)?;
         give(&git, self.owner)?;
         give(&objects, self.owner)?;
-        let writing = objects::copy(mirror, &objects, self.owner, moved)?;
+        let writing = objects::copy(mirror, &objects, self.owner, packs, moved)?;
         self.await_later(writing);
         Ok(())
     }

@@ -36,6 +36,8 @@ pub(super) struct Bare {
     packs: BTreeSet<String>,
     /// Set when what is being received shall be given up.
     pub(super) stop: Arc<AtomicBool>,
+    /// Whether it outlives the process that fills it: only then is it written down to the disk.
+    pub(super) lasting: bool,
 }
 
 /// What was found where a mirror should be.
@@ -102,7 +104,7 @@ impl Bare {
     }
 
     fn new(path: &Path, repository: gix::Repository) -> Result<Self, Failure> {
-        Ok(Self { path: path.to_owned(), repository, packs: mirror::packs(path)?, stop: Arc::default() })
+        Ok(Self { path: path.to_owned(), repository, packs: mirror::packs(path)?, stop: Arc::default(), lasting: true })
     }
 
     /// Removes what a killed transfer left; with the right to write.
@@ -115,7 +117,7 @@ impl Bare {
         &self.path
     }
 
-    /// Makes an empty one in the directory `path`, in place of whatever another engine left there.
+    /// Makes an empty tip store in the directory `path`, in place of whatever another engine left there.
     pub(super) fn anew(path: &Path) -> Result<Self, Failure> {
         for gone in [fs::remove_dir_all(path.join("objects")), fs::remove_file(path.join("shallow"))] {
             match gone {
@@ -123,7 +125,7 @@ impl Bare {
                 _ => {}
             }
         }
-        Self::create(path)
+        Ok(Self { lasting: false, ..Self::create(path)? })
     }
 
     /// The commits at which its history ends; none for a mirror.

@@ -215,7 +215,7 @@ impl<C: Carrier> Gitoxide<'_, C> {
             wanted: wanted(wants),
             shallow: shallow.clone(),
         };
-        let mut objects = 0;
+        let (mut objects, lasting) = (0, mirror.lasting);
         let directory = repository.objects.store_ref().path().join("pack");
         let limit = usize::try_from(self.bounds.max_bytes).unwrap_or(usize::MAX);
         let context =
@@ -235,12 +235,15 @@ impl<C: Carrier> Gitoxide<'_, C> {
          -> gix::Result<bool> {
             let options = pack::bundle::write::Options { alloc_limit_bytes: Some(limit), ..Default::default() };
             let hash = gix::hash::Kind::Sha1;
-            let written = early::written(&directory, || {
+            let write = || {
                 pack::Bundle::write_to_directory(reader, Some(&directory), progress, interrupt, bases, hash, options)
-            })
-            .map_err(Error::from_error)??;
+            };
+            let written = match lasting {
+                true => early::written(&directory, write).map_err(Error::from_error)?,
+                false => write(),
+            }?;
             objects = u64::from(written.index.num_objects);
-            keep(&written).map_err(|error| {
+            keep(&written, lasting).map_err(|error| {
                 // What may not be on the disk is not to be found there later.
                 for path in written.index_path.iter().chain(&written.data_path).chain(&written.keep_path) {
                     let _ = std::fs::remove_file(path);
@@ -260,16 +263,18 @@ fn holds_packs(directory: &std::path::Path) -> bool {
     entries.any(|entry| entry.map_or(true, |entry| entry.path().extension().is_some_and(|end| end == "pack")))
 }
 
-/// Makes a new pack durable before any ref leads to it, and lets go of the engine's mark on it.
-fn keep(written: &pack::bundle::write::Outcome) -> std::io::Result<()> {
+/// Makes a new pack durable before any ref leads to it, if it shall last, and lets go of the engine's mark on it.
+fn keep(written: &pack::bundle::write::Outcome, lasting: bool) -> std::io::Result<()> {
     if let Some(pack) = &written.data_path {
         ends_with(&File::open(pack)?, written.index.data_hash.as_slice())?;
     }
-    for path in written.data_path.iter().chain(&written.index_path) {
-        File::open(path)?.sync_all()?;
-    }
-    if let Some(directory) = written.data_path.as_deref().and_then(std::path::Path::parent) {
-        File::open(directory)?.sync_all()?;
+    if lasting {
+        for path in written.data_path.iter().chain(&written.index_path) {
+            File::open(path)?.sync_all()?;
+        }
+        if let Some(directory) = written.data_path.as_deref().and_then(std::path::Path::parent) {
+            File::open(directory)?.sync_all()?;
+        }
     }
     match written.keep_path.as_deref().map(std::fs::remove_file) {
         Some(Err(error)) if error.kind() != ErrorKind::NotFound => Err(error),

@@ -29,6 +29,9 @@ const MOVED: Id = *b"HMVD";
 /// and nothing else, however often it sends a little. Keep-alives of git come to a few bytes a second.
 const MOVEMENT: u64 = 512;
 
+/// How often it is looked whether the number of objects to come is known.
+const GLANCE: Duration = Duration::from_millis(20);
+
 /// All counters of one transfer; clones count together.
 #[derive(Clone, Default)]
 pub(super) struct Meter(Arc<Mutex<Vec<Counter>>>);
@@ -86,16 +89,23 @@ impl Meter {
     }
 
     /// Does `work` while everything that moves is reported every `tick`. Nothing is said while nothing does, and the
-    /// agent's stall limit passes.
+    /// agent's stall limit passes. How many objects a pack has is said as soon as it is known.
     pub(super) fn reporting<T>(&self, tick: Duration, reporter: &Reporter, work: impl FnOnce() -> T) -> T {
         let (done, ended) = channel::<()>();
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 reporter.progress(self.progress());
-                let mut before = self.signs();
-                while ended.recv_timeout(tick) == Err(RecvTimeoutError::Timeout) {
+                let (mut before, mut announced, mut since) = (self.signs(), false, Duration::ZERO);
+                while ended.recv_timeout(GLANCE.min(tick)) == Err(RecvTimeoutError::Timeout) {
+                    let news = !announced && self.objects().1 > 0;
+                    announced |= news;
+                    since += GLANCE.min(tick);
+                    if since < tick && !news {
+                        continue;
+                    }
+                    since = Duration::ZERO;
                     let now = self.signs();
-                    if now.moved_since(&before) {
+                    if news || now.moved_since(&before) {
                         reporter.progress(self.progress());
                         before = now;
                     }
