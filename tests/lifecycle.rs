@@ -191,9 +191,8 @@ async fn after_a_hundred_reconnects_there_is_no_thread_descriptor_or_child_more_
     agent.publish(&Agent::task("between", "status", 7)).await;
     agent.end("between", 0).await;
     let before = Census::of(agent.pid());
-    for round in 0..ROUNDS {
+    for _ in 0..ROUNDS {
         reconnect().await;
-        if round % 10 == 0 { println!("TEMP {round} {:?}", Census::of(agent.pid())); }
     }
     agent.publish(&Agent::task("after", "status", 7)).await;
     agent.end("after", 0).await;

@@ -134,7 +134,7 @@ impl Watch {
         let ahead = if self.single { ahead(tag, seen.consumers.as_deref()) } else { Ahead::Nobody };
         let in_line = self.single && ours.stands_in_line() && ahead != Ahead::Nobody;
         let unserved = seen.depth.messages > 0 && ours.unsettled < self.window;
-        if unserved && *at - *self.unserved.get_or_insert(*at) < PATIENCE {
+        if unserved && at.saturating_sub(*self.unserved.get_or_insert(*at)) < PATIENCE {
             return (Verdict::Open, false);
         }
         match ahead {
@@ -264,6 +264,9 @@ mod tests {
 
     const WINDOW: u16 = 4;
 
+    /// A name, the looks, and what each of them comes to.
+    type Case = (&'static str, Vec<Look>, Vec<(Verdict, bool)>);
+
     fn ours(before: u32, arrived: u64, unsettled: u64) -> Ours {
         Ours { tag: Some("us-1".to_owned()), before, arrived, unsettled }
     }
@@ -297,7 +300,7 @@ mod tests {
     fn each_state_of_both_sides_has_its_verdict() {
         use Verdict::{Behind, Gone, Open, Silent, Well};
         let (anew, not) = (true, false);
-        let cases: Vec<(&str, Vec<Look>, Vec<(Verdict, bool)>)> = vec![
+        let cases: Vec<Case> = vec![
             ("idle", vec![look(0, ours(0, 0, 0), 0, 1)], vec![(Well, not)]),
             ("no session stands", vec![look(0, Ours::default(), 9, 0)], vec![(Open, not)]),
             (

@@ -22,9 +22,9 @@ const TRY: Duration = Duration::from_millis(5);
 /// How long a holder without a door may keep the lock: a command that needs the storage for a moment.
 const NO_DOOR: Duration = Duration::from_secs(5);
 /// For the broker's part before the running agent is asked to leave.
-const PREPARING: Duration = Duration::from_secs(60);
+const PREPARING: Duration = Duration::from_mins(1);
 /// What leaving may take beyond the grace: children that are killed, last events, connections that are closed.
-const LEAVING: Duration = Duration::from_secs(60);
+const LEAVING: Duration = Duration::from_mins(1);
 
 /// The storage directory and the way to the broker; nothing if a signal came first.
 pub(super) async fn storage(
