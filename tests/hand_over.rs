@@ -144,7 +144,7 @@ async fn an_idle_agent_is_taken_over_from_and_the_queue_keeps_a_consumer() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[expect(clippy::print_stdout, reason = "the times are figures that people ask for")]
 async fn under_load_no_task_runs_twice_no_event_is_doubled_and_the_queue_keeps_a_consumer() {
-    const TASKS: usize = 160;
+    const TASKS: usize = 120;
     const PROJECTS: usize = 8;
     /// So many are out at a time: with more of one project some would go round through a delay queue.
     const OUT: usize = 12;
