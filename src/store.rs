@@ -3,80 +3,44 @@
 //! Every step loads one task's [`Page`], lets a pure function decide and note, and is answered only after the commit
 //! that made it durable. Steps that arrive while a commit is under way share the next one.
 
+mod clones;
 pub mod memory;
+mod rows;
 pub mod sqlite;
+mod trouble;
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
-use async_trait::async_trait;
 use jiff::Timestamp;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 pub use memory::MemoryRows;
+pub use rows::{JournalError, Rows, Write};
 pub use sqlite::SqliteRows;
 
 use crate::{
-    journal::{Entry, Key, Page, WaitingClone},
+    journal::{Entry, Page, Phase, WaitingClone},
     protocol::{ProjectId, TaskId},
 };
+use clones::Clones;
+use trouble::{read_again, refuse, write_or_relieve};
 
 /// Steps that one commit carries at most: bounds the time that the first of them waits.
 const LARGEST_BATCH: usize = 512;
+/// Pages that are kept in memory at most, to save reading.
+const MOST_PAGES: usize = 4096;
 
-/// Why the journal could not be used.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum JournalError {
-    /// The database refused; on a full disk this is the first thing to see.
-    #[error("the journal at {path} cannot be {doing}: {reason}")]
-    Database {
-        /// The database.
-        path: String,
-        /// What we wanted.
-        doing: &'static str,
-        /// The database's words.
-        reason: String,
-    },
-    /// The writer has ended.
-    #[error("the journal is closed")]
-    Closed,
-}
-
-/// One thing that a batch writes.
-#[derive(Clone, Debug)]
-pub enum Write {
-    /// An entry of a task.
-    Entry(TaskId, Box<Entry>),
-    /// A value kept beside the pages; without one it is forgotten.
-    Note(String, Option<String>),
-}
-
-/// Where pages are kept. Two backends: [`SqliteRows`] on disk, [`MemoryRows`] for pipeline tests and the embedded demo.
-#[async_trait]
-pub trait Rows: Send + 'static {
-    /// Writes a batch durably: all of it or, with an error, nothing.
-    async fn write(&mut self, batch: &[Write]) -> Result<(), JournalError>;
-    /// Gives up what was held back for a full disk; false if there is nothing left to give up.
-    async fn relieve(&mut self) -> bool;
-    /// Holds it back again, once there is room; an error while there is none.
-    async fn replenish(&mut self) -> Result<(), JournalError>;
-    /// The entries of a task.
-    async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError>;
-    /// Every entry that owes something.
-    async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError>;
-    /// Every clone that waits for a retry.
-    async fn waiting_clones(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError>;
-    /// A value kept beside the pages.
-    async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError>;
-    /// The names of notes with this beginning.
-    async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError>;
-    /// Removes up to `most` entries last seen before `limit` that owe nothing.
-    async fn prune(&mut self, limit: Timestamp, most: u32) -> Result<u64, JournalError>;
-}
+/// The note that says when a damaged journal was last set aside.
+pub const SET_ASIDE: &str = "set_aside";
 
 /// The journal: a handle to its writer. Cheap to clone.
 #[derive(Clone)]
 pub struct Journal {
     steps: mpsc::Sender<Request>,
+    strained: watch::Receiver<bool>,
 }
 
 /// What a step sees and may change.
@@ -98,6 +62,8 @@ enum Request {
     SetNote { name: String, value: Option<String>, reply: Reply<()> },
     Note { name: String, reply: Reply<Option<String>> },
     Owing { reply: Reply<Vec<(TaskId, Entry)>> },
+    Running { reply: Reply<Vec<(TaskId, Entry)>> },
+    Close { reply: Reply<()> },
     Prune { limit: Timestamp, reply: Reply<u64> },
     Probe { reply: Reply<()> },
 }
@@ -106,12 +72,32 @@ impl Journal {
     /// Starts the writer over `rows`.
     ///
     /// # Errors
-    /// When what it needs at start cannot be read.
+    /// When what it needs at start cannot be read, nor begun anew.
     pub async fn open(mut rows: impl Rows) -> Result<Self, JournalError> {
-        let state = State::load(&mut rows).await?;
+        let mut state = State::default();
+        read_again(&mut rows, &mut state).await?;
         let (steps, requests) = mpsc::channel(4 * LARGEST_BATCH);
-        tokio::spawn(write(rows, state, requests));
-        Ok(Self { steps })
+        let (strain, strained) = watch::channel(false);
+        tokio::spawn(write(rows, state, requests, strain));
+        Ok(Self { steps, strained })
+    }
+
+    /// Whether the disk is full and the reserve given up: what is left is for what was begun.
+    #[must_use]
+    pub fn strained(&self) -> watch::Receiver<bool> {
+        self.strained.clone()
+    }
+
+    /// Whether the writer has ended.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.steps.is_closed()
+    }
+
+    /// Ends the writer once it has done what was asked before.
+    pub async fn close(&self) {
+        // It may have ended before.
+        let _ = self.ask(|reply| Request::Close { reply }).await;
     }
 
     /// Runs one step on a task's page and returns its answer once it is durable.
@@ -131,7 +117,7 @@ impl Journal {
             Box::new(move |committed| drop(reply.send(committed.map(|()| decided))))
         });
         self.send(Request::Step { task: task.clone(), now, decide }).await?;
-        answer.await.map_err(|_| JournalError::Closed)?
+        answer.await.map_err(|_| if self.is_closed() { JournalError::Closed } else { JournalError::Broken })?
     }
 
     /// Every entry that owes something.
@@ -140,6 +126,14 @@ impl Journal {
     /// When it cannot be read.
     pub async fn owing(&self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
         self.ask(|reply| Request::Owing { reply }).await
+    }
+
+    /// Every entry of which an attempt is under way, or was when the agent died.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn running(&self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        self.ask(|reply| Request::Running { reply }).await
     }
 
     /// A value kept beside the pages.
@@ -189,11 +183,15 @@ impl Journal {
 /// What the writer keeps in memory: the little that every step may need.
 #[derive(Default)]
 struct State {
-    /// Pages with an open entry or a debt, and those of the batch at hand; the others are read when they are asked for.
+    /// Pages with a task in hand or a debt, and those of the batch at hand; the others are read when asked for.
     live: HashMap<TaskId, Page>,
-    clones: HashMap<Key, (ProjectId, WaitingClone)>,
-    cancels: BTreeSet<TaskId>,
+    clones: Clones,
+    /// When cancels came whose tasks have not.
+    cancels: BTreeMap<TaskId, Timestamp>,
     last_arrival: i64,
+    damage: Option<JournalError>,
+    /// What is in memory is not what is on disk: it has to be read before anything is decided on it.
+    stale: bool,
 }
 
 /// Names of the notes that the writer itself keeps.
@@ -206,11 +204,14 @@ impl State {
     async fn load(rows: &mut impl Rows) -> Result<Self, JournalError> {
         let mut state = Self::default();
         for (task, entry) in rows.waiting_clones().await? {
-            state.track_clone(&task, &entry);
+            state.clones.track(&task, &entry, None);
         }
-        for name in rows.notes(CANCEL).await? {
-            if let Ok(task) = TaskId::new(name.trim_start_matches(CANCEL)) {
-                state.cancels.insert(task);
+        for (task, entry) in rows.running().await? {
+            state.clones.left_behind(&task, &entry);
+        }
+        for (name, value) in rows.notes(CANCEL).await? {
+            if let Ok(task) = TaskId::new(name.strip_prefix(CANCEL).unwrap_or(&name)) {
+                state.cancels.insert(task, value.parse().unwrap_or(Timestamp::UNIX_EPOCH));
             }
         }
         let last = rows.note(LAST_ARRIVAL).await?;
@@ -218,23 +219,15 @@ impl State {
         Ok(state)
     }
 
-    fn track_clone(&mut self, task: &TaskId, entry: &Entry) {
-        let key = Key { task_id: task.clone(), round: entry.round };
-        match entry.waiting_clone() {
-            Some(clone) => drop(self.clones.insert(key, (entry.project, clone))),
-            None => drop(self.clones.remove(&key)),
-        }
-    }
-
     async fn page(&mut self, rows: &mut impl Rows, task: &TaskId) -> Result<Page, JournalError> {
         if let Some(page) = self.live.remove(task) {
             return Ok(page);
         }
         let entries = rows.entries(task).await?;
-        Ok(Page { entries, cancel_pending: self.cancels.contains(task) })
+        Ok(Page { entries, cancel_pending: self.cancels.contains_key(task) })
     }
 
-    /// Runs one step on its page; what it changed joins the batch.
+    /// Runs one step on its page; what it changed joins the batch. A step that panics has changed nothing.
     fn decide(
         &mut self,
         mut page: Page,
@@ -242,94 +235,133 @@ impl State {
         now: Timestamp,
         decide: Decide,
         batch: &mut Vec<Write>,
-    ) -> Answer {
+    ) -> Option<Answer> {
         let before = page.clone();
+        self.clones.date(now);
         let clones = &self.clones;
-        let of_project = |project: ProjectId| {
-            clones.values().filter(|(of, _)| *of == project).map(|(_, clone)| *clone).collect::<Vec<_>>()
-        };
+        let of_project = |project: ProjectId| clones.of(project, now);
         let next_arrival = now.as_microsecond().max(self.last_arrival + 1);
-        let answer = decide(Step { page: &mut page, clones: &of_project, next_arrival });
+        let step = Step { page: &mut page, clones: &of_project, next_arrival };
+        let Ok(answer) = catch_unwind(AssertUnwindSafe(|| decide(step))) else {
+            self.live.insert(task, before);
+            return None;
+        };
         for entry in page.entries.iter().filter(|entry| before.round(entry.round) != Some(entry)) {
             self.last_arrival = self.last_arrival.max(entry.place.arrived);
-            self.track_clone(&task, entry);
+            self.clones.track(&task, entry, Some(now));
             batch.push(Write::Entry(task.clone(), Box::new(entry.clone())));
         }
         if page.cancel_pending != before.cancel_pending {
             batch.push(Write::Note(format!("{CANCEL}{task}"), page.cancel_pending.then(|| now.to_string())));
             if page.cancel_pending {
-                self.cancels.insert(task.clone())
+                self.cancels.insert(task.clone(), now);
             } else {
-                self.cancels.remove(&task)
-            };
+                self.cancels.remove(&task);
+            }
         }
         self.live.insert(task, page);
-        answer
+        Some(answer)
     }
 
-    /// Forgets pages that only the disk has to remember.
+    /// Forgets pages of tasks that have ended and owe nothing, and of those that wait for a retry: there may be very many.
     fn settle_down(&mut self) {
-        self.live.retain(|_, page| page.entries.iter().any(|entry| entry.is_open() || entry.owes()));
+        let in_hand = |entry: &Entry| matches!(entry.phase, Phase::Waiting | Phase::Running { .. }) || entry.owes();
+        self.live.retain(|_, page| page.entries.iter().any(in_hand));
+        if self.live.len() > MOST_PAGES {
+            self.live.clear();
+        }
+    }
+
+    /// Takes note of damage in what was read or written.
+    fn seen<A>(&mut self, result: Result<A, JournalError>) -> Result<A, JournalError> {
+        if let Err(error @ JournalError::Damaged { .. }) = &result {
+            self.damage = Some(error.clone());
+        }
+        result
+    }
+
+    /// Forgets cancels from before `limit` whose tasks never came.
+    fn forget_cancels(&mut self, limit: Timestamp, batch: &mut Vec<Write>) {
+        let old = self.cancels.iter().filter(|(_, since)| **since < limit).map(|(task, _)| task.clone());
+        for task in old.collect::<Vec<_>>() {
+            batch.push(Write::Note(format!("{CANCEL}{task}"), None));
+            self.cancels.remove(&task);
+            if let Some(page) = self.live.get_mut(&task) {
+                page.cancel_pending = false;
+            }
+        }
     }
 }
 
 /// The writer: takes what has arrived, decides, writes it in one batch, answers.
-async fn write(mut rows: impl Rows, mut state: State, mut requests: mpsc::Receiver<Request>) {
+async fn write(
+    mut rows: impl Rows,
+    mut state: State,
+    mut requests: mpsc::Receiver<Request>,
+    strain: watch::Sender<bool>,
+) {
     let mut arrived = Vec::new();
     while requests.recv_many(&mut arrived, LARGEST_BATCH).await > 0 {
+        if state.stale
+            && let Err(error) = read_again(&mut rows, &mut state).await
+        {
+            arrived.drain(..).for_each(|request| refuse(request, &error));
+            continue;
+        }
         let arrival_before = state.last_arrival;
-        let (mut batch, mut answers) = (Vec::new(), Vec::<Answer>::new());
+        let (mut batch, mut answers, mut closing) = (Vec::new(), Vec::<Answer>::new(), None);
         for request in arrived.drain(..) {
-            answers.extend(take(&mut rows, &mut state, request, &mut batch).await);
+            match request {
+                Request::Close { reply } => closing = Some(reply),
+                request => answers.extend(take(&mut rows, &mut state, request, &mut batch, &strain).await),
+            }
         }
         if state.last_arrival != arrival_before {
             batch.push(Write::Note(LAST_ARRIVAL.to_owned(), Some(state.last_arrival.to_string())));
         }
-        let written = write_or_relieve(&mut rows, &batch).await;
+        let written = match state.damage.take() {
+            Some(damage) => Err(damage),
+            None => write_or_relieve(&mut rows, &batch, &strain).await,
+        };
         match &written {
             Ok(()) => state.settle_down(),
             Err(error) => {
                 tracing::error!(error = %error, "journal batch not written");
-                // What is in memory is ahead of the disk now: read it again, or have it read when it is asked for.
-                state = State::load(&mut rows).await.unwrap_or_default();
+                // What is in memory is ahead of the disk now. If it cannot be read again, who asks next is told why not.
+                (state.stale, state.damage) = (true, Some(error.clone()));
+                let _ = read_again(&mut rows, &mut state).await;
             }
         }
         for answer in answers {
             answer(written.clone());
         }
-    }
-}
-
-/// Writes a batch; on a full disk the reserve is given up for it, so that what was begun can be settled.
-async fn write_or_relieve(rows: &mut impl Rows, batch: &[Write]) -> Result<(), JournalError> {
-    if batch.is_empty() {
-        return Ok(());
-    }
-    match rows.write(batch).await {
-        Err(error) if rows.relieve().await => {
-            tracing::error!(error = %error, "the journal's reserve is given up");
-            rows.write(batch).await
+        if let Some(reply) = closing {
+            rows.close().await;
+            drop(reply.send(Ok(())));
+            return;
         }
-        written => written,
     }
 }
 
 /// Takes one request: what only reads is answered at once, what writes is answered after the batch.
-async fn take(rows: &mut impl Rows, state: &mut State, request: Request, batch: &mut Vec<Write>) -> Option<Answer> {
-    // Whoever asked may be gone; then nobody waits for the answer.
+async fn take(
+    rows: &mut impl Rows,
+    state: &mut State,
+    request: Request,
+    batch: &mut Vec<Write>,
+    strain: &watch::Sender<bool>,
+) -> Option<Answer> {
     match request {
-        Request::Step { task, now, decide } => match state.page(rows, &task).await {
-            Ok(page) => Some(state.decide(page, task, now, decide, batch)),
-            Err(error) => {
-                // It decides on a blank page, so that it can be told; nothing of that is kept.
-                let blank = Step { page: &mut Page::default(), clones: &|_| Vec::new(), next_arrival: 0 };
-                decide(blank)(Err(error));
-                None
+        Request::Step { task, now, decide } => {
+            let page = state.page(rows, &task).await;
+            match state.seen(page) {
+                Ok(page) => return state.decide(page, task, now, decide, batch),
+                Err(error) => refuse(Request::Step { task, now, decide }, &error),
             }
-        },
+        }
         Request::SetNote { name, value, reply } => {
             batch.push(Write::Note(name, value));
-            Some(Box::new(move |written| drop(reply.send(written))))
+            return Some(Box::new(move |written| drop(reply.send(written))));
         }
         Request::Note { name, reply } => {
             let pending = batch.iter().rev().find_map(|write| match write {
@@ -340,20 +372,29 @@ async fn take(rows: &mut impl Rows, state: &mut State, request: Request, batch: 
                 Some(value) => Ok(value),
                 None => rows.note(&name).await,
             };
-            drop(reply.send(note));
-            None
+            drop(reply.send(state.seen(note)));
         }
         Request::Owing { reply } => {
-            drop(reply.send(rows.owing().await));
-            None
+            let owing = rows.owing().await;
+            drop(reply.send(state.seen(owing)));
+        }
+        Request::Running { reply } => {
+            let running = rows.running().await;
+            drop(reply.send(state.seen(running)));
         }
         Request::Prune { limit, reply } => {
-            drop(reply.send(rows.prune(limit, PRUNED_AT_A_TIME).await));
-            None
+            state.forget_cancels(limit, batch);
+            let pruned = rows.prune(limit, PRUNED_AT_A_TIME).await;
+            drop(reply.send(state.seen(pruned)));
         }
         Request::Probe { reply } => {
-            drop(reply.send(rows.replenish().await));
-            None
+            let probed = rows.replenish().await;
+            if probed.is_ok() {
+                strain.send_replace(false);
+            }
+            drop(reply.send(state.seen(probed)));
         }
+        Request::Close { reply } => drop(reply.send(Ok(()))),
     }
+    None
 }

@@ -6,6 +6,7 @@
 mod active;
 mod arrival;
 mod attempt;
+mod caution;
 mod consume;
 mod control;
 mod copies;
@@ -14,12 +15,14 @@ mod error;
 mod hand_over;
 mod history;
 mod line;
+mod poison;
 mod readiness;
 mod reporter;
 mod settings;
 mod settle;
 mod step;
 mod turns;
+mod upkeep;
 mod watch;
 
 use std::{
@@ -28,7 +31,6 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use futures_util::FutureExt as _;
@@ -52,15 +54,14 @@ use crate::{
 use active::{Active, Entered};
 use arrival::Arrival;
 use attempt::Ending;
+use caution::Caution;
 use error::Interrupted;
 use history::Histories;
-use line::{InLine, Lines};
+use line::Lines;
+use poison::Trial;
 use reporter::Reporter;
 use turns::{Turn, Turns};
 use watch::Verdict;
-
-/// How long a task whose handling panicked stays here before it is given back: a fault that repeats must not spin.
-const AFTER_A_PANIC: Duration = Duration::from_secs(5);
 
 /// Everything that a worker is made of.
 pub struct Parts {
@@ -92,7 +93,6 @@ pub struct Worker {
     reporter: Reporter,
     active: Active,
     turns: Arc<Turns>,
-    /// Deliveries of one project that have no place in the schedule yet.
     lines: Arc<Lines>,
     /// Take no more: what waits is given back, what runs is finished.
     soft: CancellationToken,
@@ -111,8 +111,8 @@ pub struct Worker {
     paused: Sender<bool>,
     /// The journal cannot be written.
     trouble: Sender<bool>,
-    /// One delivery at a time, until one settles.
-    cautious: Sender<bool>,
+    /// One delivery at a time, after unclean starts.
+    caution: Caution,
     readiness: Sender<Readiness>,
     /// What the broker says of our consumer, compared with what we know.
     verdict: Sender<Verdict>,
@@ -156,7 +156,7 @@ impl Worker {
             changed: Notify::new(),
             paused: Sender::new(false),
             trouble: Sender::new(false),
-            cautious: Sender::new(false),
+            caution: Caution::new(),
             readiness: Sender::new(Readiness::default()),
             verdict: Sender::new(Verdict::Well),
             leaving: Sender::new(false),
@@ -166,24 +166,20 @@ impl Worker {
         })
     }
 
-    /// Begins the path of one message. Called in the order of the deliveries, which the tasks of one project keep.
-    fn receive(self: &Arc<Self>, delivery: Delivery) {
-        self.observer.reached(Step::Received, None);
-        let decoded = Arrival::decode(&delivery.message).map(|arrival| {
-            let line = self.lines.join(arrival.task.project);
-            (arrival, line)
-        });
-        self.handling.spawn(self.clone().handle(delivery, decoded));
-    }
-
     /// The path of one message, from its delivery to its acknowledgement.
-    async fn handle(self: Arc<Self>, delivery: Delivery, decoded: Result<(Arrival, InLine), Undecodable>) {
-        let (mut arrival, mut line) = match decoded {
-            Ok(decoded) => decoded,
+    ///
+    /// It is `read` already where others are handled beside it: then its place in the line of its project is taken.
+    async fn handle(self: Arc<Self>, delivery: Delivery, read: Option<Result<Arrival, Undecodable>>) {
+        let trial = self.try_alone(&delivery.message).await;
+        if matches!(trial, Trial::Unreadable) {
+            let done = self.bury(&delivery.message).await;
+            return self.finish(delivery, done).await;
+        }
+        let mut arrival = match read.unwrap_or_else(|| self.read(&delivery.message)) {
+            Ok(arrival) => arrival,
             Err(undecodable) => return self.refuse(delivery, undecodable).await,
         };
-        self.observer.reached(Step::Decoded, Some(&arrival.key.task_id));
-        line.first().await;
+        self.was_read(&arrival).await;
         if let Some(owner) = arrival.belongs_elsewhere(&self.settings.node) {
             return self.forward(&arrival, owner, delivery).await;
         }
@@ -192,28 +188,26 @@ impl Worker {
             Entered::Joined => return,
             Entered::Mismatch(delivery) => return self.report_mismatch(&arrival, *delivery).await,
         };
+        if matches!(trial, Trial::GivenUp) {
+            return self.give_up(&arrival).await;
+        }
         // A panic on the way is a fault of ours; the task must neither be lost nor block the window with its deliveries.
-        match AssertUnwindSafe(self.conclude(&arrival, line)).catch_unwind().await {
+        match AssertUnwindSafe(self.conclude(&arrival)).catch_unwind().await {
             Ok(Ok(())) => self.acknowledge(&arrival.key).await,
+            Ok(Err(Interrupted::Broken)) | Err(_) => self.after_panic(&arrival).await,
             Ok(Err(interrupted)) => self.give_back(&arrival, interrupted).await,
-            Err(_panic) => {
-                tracing::error!(task.id = %arrival.key.task_id, "panicked while handling the task; given back");
-                tokio::time::sleep(AFTER_A_PANIC).await;
-                self.give_back(&arrival, Interrupted::Stopping).await;
-            }
         }
     }
 
     /// Steps 3 to 8: everything between knowing a task and owing nothing for it.
-    async fn conclude(self: &Arc<Self>, arrival: &Arrival, line: InLine) -> Result<(), Interrupted> {
+    async fn conclude(self: &Arc<Self>, arrival: &Arrival) -> Result<(), Interrupted> {
         let mut turn: Option<Turn> = None;
+        arrival.line.turn().await;
         let ending = match self.admit(arrival).await? {
-            Admission::Fresh(ticket) => self.attempt(arrival, ticket, line, &mut turn).await?,
-            other => {
-                drop(line);
-                Self::without_running(arrival, other)
-            }
+            Admission::Fresh(ticket) => self.attempt(arrival, ticket, &mut turn).await?,
+            other => Self::without_running(arrival, other),
         };
+        arrival.line.pass();
         match ending {
             Ending::Over { ticket, outcome } => {
                 let owed = self.settle(arrival, ticket, outcome).await?;
@@ -262,11 +256,7 @@ impl Worker {
                 let tried = arrival.headers.attempt > 1;
                 over(ticket, if tried { Outcome::Failed(failure) } else { Outcome::Rejected(failure) })
             }
-            Admission::Crashed(ticket) => {
-                let message =
-                    "the agent crashed three times while this task was running; replay it once that is mended";
-                over(ticket, Outcome::Failed(Failure::new(ErrorClass::Crashed, message)))
-            }
+            Admission::Crashed(ticket) => over(ticket, poison::crashed()),
             Admission::Mismatch => Ending::Mismatch,
         }
     }
@@ -280,7 +270,7 @@ impl Worker {
             }
         }
         self.observer.reached(Step::Acked, Some(&key.task_id));
-        self.settled_one();
+        self.settled_one(Some(key)).await;
     }
 
     /// The path was cut short: the broker keeps the task.
@@ -291,11 +281,11 @@ impl Worker {
                 self.trouble.send_replace(true);
                 self.changed.notify_one();
             }
-            Interrupted::Stopping => {
+            Interrupted::Stopping | Interrupted::Broken => {
                 // An attempt that we ended ourselves is charged neither as an attempt nor as a crash.
-                let round = arrival.key.round;
-                let noted = self.journal.step(&arrival.key.task_id, self.clock.now(), move |step| {
-                    step.page.give_back(round);
+                let (round, now) = (arrival.key.round, self.clock.now());
+                let noted = self.journal.step(&arrival.key.task_id, now, move |step| {
+                    step.page.give_back(round, now);
                 });
                 if let Err(error) = noted.await {
                     tracing::warn!(task.id = %arrival.key.task_id, error = %error, "given back without a note");
@@ -316,20 +306,21 @@ impl Worker {
 
     /// A message that is no task of ours: dead-lettered with the reason, and reported where it can be named.
     async fn refuse(self: &Arc<Self>, delivery: Delivery, undecodable: Undecodable) {
-        let done = self.reject_undecodable(&delivery.message, undecodable).await;
+        let message = &delivery.message;
+        let done = self.sure(message, self.reject_undecodable(message, undecodable)).await;
         self.finish(delivery, done).await;
     }
 
     /// A task of another node, moved here by hand: it goes to its own queue.
     async fn forward(&self, arrival: &Arrival, owner: &crate::protocol::NodeName, delivery: Delivery) {
         tracing::info!(task.id = %arrival.key.task_id, node = %owner, "forwarded to the node it belongs to");
-        let done = self.publish_forwarded(arrival, owner).await;
+        let done = self.sure(&delivery.message, self.publish_forwarded(arrival, owner)).await;
         self.finish(delivery, done).await;
     }
 
     /// The same identity with another body while the first is in hand.
     async fn report_mismatch(&self, arrival: &Arrival, delivery: Delivery) {
-        let done = self.dead_letter_mismatch(arrival).await;
+        let done = self.sure(&delivery.message, self.dead_letter_mismatch(arrival)).await;
         self.finish(delivery, done).await;
     }
 
@@ -340,14 +331,7 @@ impl Worker {
             Ok(()) => delivery.ack().await,
             Err(_) => delivery.requeue().await,
         };
-        self.settled_one();
-    }
-
-    /// A delivery was settled: caution ends.
-    fn settled_one(&self) {
-        if self.cautious.send_if_modified(|cautious| std::mem::replace(cautious, false)) {
-            self.changed.notify_one();
-        }
+        self.settled_one(None).await;
     }
 
     /// How many settled tasks the broker does not take the debts of.

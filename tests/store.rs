@@ -116,6 +116,51 @@ async fn notes_are_kept_and_forgotten(rows: impl Rows) {
     assert_eq!(journal.note("paused").await.unwrap(), None);
 }
 
+async fn what_runs_is_known_after_a_crash(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    for name in ["runs", "waits", "ended"] {
+        admit(&journal, &task(name), Kind::Clone).await;
+    }
+    for name in ["runs", "ended"] {
+        assert!(journal.step(&task(name), now(), |step| step.page.begin(0, 1, "boot", false)).await.unwrap());
+    }
+    let settle = |step: haul::store::Step<'_>| step.page.settle(0, Status::Succeeded, envelope("e"), None);
+    journal.step(&task("ended"), now(), settle).await.unwrap();
+    let running: Vec<_> = journal.running().await.unwrap().into_iter().map(|(task, _)| task).collect();
+    assert_eq!(running, [task("runs")]);
+}
+
+async fn a_step_that_panics_changes_nothing_and_harms_nobody(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    admit(&journal, &task("t"), Kind::Clone).await;
+    let id = task("t");
+    let broken = journal.step(&id, now(), |step| {
+        step.page.settle(0, Status::Failed, envelope("e"), None);
+        assert!(step.page.highest().is_none(), "told to panic");
+    });
+    assert!(matches!(broken.await, Err(JournalError::Broken)));
+    assert!(matches!(admit(&journal, &task("t"), Kind::Clone).await, Admission::Fresh(_)));
+}
+
+async fn a_cancel_whose_task_never_comes_is_forgotten(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    for name in ["old", "new"] {
+        let at = if name == "old" { now() - SignedDuration::from_secs(9) } else { now() };
+        journal.step(&task(name), at, |step| step.page.cancel()).await.unwrap();
+    }
+    journal.prune(now()).await.unwrap();
+    assert!(matches!(admit(&journal, &task("old"), Kind::Clone).await, Admission::Fresh(_)));
+    assert!(matches!(admit(&journal, &task("new"), Kind::Clone).await, Admission::Cancelled(_)));
+}
+
+async fn nothing_is_asked_of_a_journal_that_was_closed(rows: impl Rows) {
+    let journal = Journal::open(rows).await.unwrap();
+    journal.set_note("n", Some("kept")).await.unwrap();
+    journal.close().await;
+    assert!(matches!(journal.note("n").await, Err(JournalError::Closed)));
+    assert!(journal.is_closed());
+}
+
 macro_rules! both {
     ($($name:ident),*) => {
         mod in_memory {
@@ -134,7 +179,11 @@ both!(
     arrivals_are_unique_and_ascending,
     a_pull_waits_behind_a_released_clone,
     only_what_is_old_and_paid_is_pruned,
-    notes_are_kept_and_forgotten
+    notes_are_kept_and_forgotten,
+    what_runs_is_known_after_a_crash,
+    a_step_that_panics_changes_nothing_and_harms_nobody,
+    a_cancel_whose_task_never_comes_is_forgotten,
+    nothing_is_asked_of_a_journal_that_was_closed
 );
 
 #[tokio::test]
@@ -201,10 +250,13 @@ impl Rows for FullDisk {
     async fn waiting_clones(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
         self.rows.waiting_clones().await
     }
+    async fn running(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        self.rows.running().await
+    }
     async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
         self.rows.note(name).await
     }
-    async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {
+    async fn notes(&mut self, prefix: &str) -> Result<Vec<(String, String)>, JournalError> {
         self.rows.notes(prefix).await
     }
     async fn prune(&mut self, limit: Timestamp, most: u32) -> Result<u64, JournalError> {
@@ -215,8 +267,12 @@ impl Rows for FullDisk {
 #[tokio::test]
 async fn on_a_full_disk_the_reserve_is_given_up_for_what_was_begun() {
     let journal = Journal::open(FullDisk::default()).await.unwrap();
+    assert!(!*journal.strained().borrow());
     assert!(matches!(admit(&journal, &task("t"), Kind::Clone).await, Admission::Fresh(_)));
+    assert!(*journal.strained().borrow(), "whoever takes tasks has to know");
     assert!(matches!(admit(&journal, &task("t"), Kind::Clone).await, Admission::Fresh(_)));
+    journal.probe().await.unwrap();
+    assert!(!*journal.strained().borrow());
 }
 
 #[tokio::test]

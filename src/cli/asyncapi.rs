@@ -24,12 +24,13 @@ struct Header {
     dead: bool,
 }
 
-const HEADERS: [Header; 14] = [
+const HEADERS: [Header; 15] = [
     text(header::TRACEPARENT, "W3C trace context; carried from the task to its events."),
     int(header::ROUND, "Replays so far; 0 if absent."),
     int(header::ATTEMPT, "The attempt that this copy asks for, from 1."),
     int(header::ARRIVED, "Order of first arrival at the node, in microseconds since the epoch."),
     int(header::NOT_BEFORE, "Milliseconds since the epoch before which the copy is not due."),
+    int(header::LEFT, "Milliseconds that the copy still has to wait when it comes back, at most."),
     int(header::DEFERRED, "Milliseconds since the epoch when the task was first deferred."),
     text(header::NODE, "The node whose task it is."),
     text(header::HISTORY, "The last failures, one a line, the newest last; at most ten."),

@@ -89,6 +89,9 @@ pub(super) fn answer_line(answer: &ControlAnswer) -> String {
         let why = host.paused.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
         line.push(format!("; {}: {} running, {} waiting{rest}{why}", host.host, host.running, host.waiting));
     }
+    if let Some(at) = &answer.journal_set_aside {
+        line.push(format!("; a damaged journal was set aside at {}", at.strftime("%Y-%m-%dT%H:%M:%SZ")));
+    }
     if let Some(version) = &answer.agent_version {
         line.push(format!(", version {version}"));
     }

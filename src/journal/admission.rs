@@ -23,7 +23,7 @@ pub struct Sighting {
     pub project: ProjectId,
     /// The master's own order.
     pub generation: Option<u64>,
-    /// When it first arrived, if a copy says so; never in the future.
+    /// When it first arrived, if a copy says so.
     pub arrived: Option<i64>,
     /// A unique order of arrival for it, if it is new.
     pub next_arrival: i64,
@@ -75,6 +75,18 @@ pub enum Admission {
     Mismatch,
 }
 
+impl Sighting {
+    /// The place of a task that is new to the journal.
+    fn place(&self) -> Place {
+        // After everything that was applied, wherever the clock was then: it may have been put back since, and the
+        // journal that knew of it may be lost.
+        let newest = self.mark.map_or(self.next_arrival, |mark| self.next_arrival.max(mark.arrived.saturating_add(1)));
+        // A place in the future would make everything that comes until then stale.
+        let arrived = self.arrived.map_or(newest, |arrived| arrived.min(newest));
+        Place { generation: self.generation, arrived }
+    }
+}
+
 impl Page {
     /// Decides what a delivery is, and notes it. Lower rounds that are still open are returned, to be closed.
     pub fn admit(&mut self, sighting: &Sighting, clones: &[WaitingClone]) -> (Admission, Vec<Entry>) {
@@ -105,8 +117,7 @@ impl Page {
     /// The entry of a sighted task, made if it is new.
     fn sighted(&mut self, sighting: &Sighting) -> &mut Entry {
         if self.round(sighting.round).is_none() {
-            let place =
-                Place { generation: sighting.generation, arrived: sighting.arrived.unwrap_or(sighting.next_arrival) };
+            let place = sighting.place();
             let digest = sighting.digest.clone();
             self.insert(Entry::new(sighting.round, digest, sighting.kind, sighting.project, place, sighting.now));
         }
@@ -117,16 +128,31 @@ impl Page {
 }
 
 impl Entry {
+    /// Counts a crash of the agent at which it was running.
+    ///
+    /// In company it may have been another's doing: such crashes alone are not enough to give it up, until there are
+    /// twice as many of them. After two starts in a row that did not end well everything runs alone.
+    fn charge(&mut self, alone: bool) {
+        self.crashes += 1;
+        self.crashed_alone |= alone;
+    }
+
+    /// Whether it was running at too many crashes.
+    fn is_given_up(&self) -> bool {
+        self.crashes >= if self.crashed_alone { CRASH_BUDGET } else { 2 * CRASH_BUDGET }
+    }
+
     /// What an open, wanted task's delivery is.
     fn judge(&mut self, ticket: Ticket, sighting: &Sighting, clones: &[WaitingClone]) -> Admission {
         if sighting.attempt < self.released {
             return Admission::Released;
         }
-        if matches!(&self.phase, Phase::Running { boot } if *boot != sighting.boot) {
-            self.crashes += 1;
+        match &self.phase {
+            Phase::Running { boot, alone } if *boot != sighting.boot => self.charge(*alone),
+            _ => {}
         }
         self.phase = Phase::Waiting;
-        if self.crashes >= CRASH_BUDGET {
+        if self.is_given_up() {
             return Admission::Crashed(ticket);
         }
         if let Some(reason) = stale(ticket.place, sighting) {
@@ -269,7 +295,7 @@ mod tests {
     fn a_delivery_older_than_its_released_copy_is_done_with() {
         let mut page = Page::default();
         admit(&mut page, &sighting());
-        page.begin(0, 1, "b1");
+        page.begin(0, 1, "b1", false);
         page.release(0, 2, at(5));
         assert_eq!(admit(&mut page, &sighting()), Admission::Released);
         let copy = Sighting { attempt: 2, ..sighting() };
@@ -280,7 +306,7 @@ mod tests {
     fn the_attempt_is_the_higher_of_header_and_journal() {
         let mut page = Page::default();
         admit(&mut page, &sighting());
-        page.begin(0, 3, "b1");
+        page.begin(0, 3, "b1", false);
         assert!(matches!(admit(&mut page, &sighting()), Admission::Fresh(Ticket { attempt: 3, .. })));
     }
 
@@ -289,7 +315,8 @@ mod tests {
         let mut page = Page::default();
         admit(&mut page, &sighting());
         for boot in 1..=3 {
-            assert!(page.begin(0, 1, &format!("b{boot}")));
+            // The third start takes one delivery at a time.
+            assert!(page.begin(0, 1, &format!("b{boot}"), boot == 3));
             let next = Sighting { boot: format!("b{}", boot + 1), ..sighting() };
             let admission = admit(&mut page, &next);
             assert_eq!(matches!(admission, Admission::Crashed(_)), boot == 3, "{boot}: {admission:?}");
@@ -297,15 +324,63 @@ mod tests {
     }
 
     #[test]
+    fn a_task_that_never_ran_alone_at_a_crash_is_given_up_later() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        for boot in 1..=6 {
+            assert!(page.begin(0, 1, &format!("b{boot}"), false));
+            let next = Sighting { boot: format!("b{}", boot + 1), ..sighting() };
+            let admission = admit(&mut page, &next);
+            assert_eq!(matches!(admission, Admission::Crashed(_)), boot == 6, "{boot}: {admission:?}");
+        }
+    }
+
+    #[test]
+    fn a_new_task_comes_after_what_was_applied_wherever_the_clock_was_then() {
+        let applied = Place { generation: None, arrived: 5_000 };
+        let admission = admit(&mut Page::default(), &Sighting { mark: Some(applied), ..sighting() });
+        let place = Place { generation: None, arrived: 5_001 };
+        assert_eq!(admission, Admission::Fresh(Ticket { place, attempt: 1 }));
+        // A copy is believed up to there and no further.
+        for (arrived, believed) in [(4_000, 4_000), (5_000, 5_000), (9_000, 5_001)] {
+            let copy = Sighting { arrived: Some(arrived), mark: Some(applied), ..sighting() };
+            assert_eq!(copy.place().arrived, believed);
+        }
+    }
+
+    #[test]
+    fn what_the_journal_lost_is_known_to_whoever_holds_the_task() {
+        let mut page = Page::default();
+        let place = Place { generation: None, arrived: 7 };
+        let lost = || Entry::new(9, "d".to_owned(), Kind::Clone, 1, place, at(0));
+        assert_eq!(page.known(2, lost).round, 2);
+        assert_eq!(page.settle(2, Status::Failed, envelope(), None), Concluded::Now);
+        page.known(2, || panic!("it is known by now"));
+    }
+
+    #[test]
     fn a_task_given_back_at_a_drain_is_not_charged_a_crash() {
         let mut page = Page::default();
         admit(&mut page, &sighting());
         for boot in 1..=5 {
-            page.begin(0, 1, &format!("b{boot}"));
-            page.give_back(0);
+            page.begin(0, 1, &format!("b{boot}"), true);
+            page.give_back(0, at(0));
             let next = Sighting { boot: format!("b{}", boot + 1), ..sighting() };
             assert!(matches!(admit(&mut page, &next), Admission::Fresh(_)));
         }
+    }
+
+    #[test]
+    fn a_clone_that_was_given_back_is_waited_for() {
+        let mut page = Page::default();
+        admit(&mut page, &sighting());
+        page.begin(0, 1, "b1", false);
+        assert_eq!(page.round(0).unwrap().waiting_clone(), None);
+        page.give_back(0, at(7));
+        let place = Place { generation: None, arrived: 100 };
+        assert_eq!(page.round(0).unwrap().waiting_clone(), Some(WaitingClone { place, until: at(7) }));
+        assert!(matches!(admit(&mut page, &sighting()), Admission::Fresh(_)));
+        assert_eq!(page.round(0).unwrap().waiting_clone(), None);
     }
 
     #[test]
@@ -343,7 +418,7 @@ mod tests {
         admit(&mut page, &Sighting { round: 1, ..sighting() });
         assert!(matches!(page.cancel(), CancelAnswer::Open(entry) if entry.round == 1));
         assert!(matches!(page.cancel(), CancelAnswer::Open(_)));
-        assert!(!page.begin(1, 1, "b1"), "a cancelled task must not begin");
+        assert!(!page.begin(1, 1, "b1", false), "a cancelled task must not begin");
         page.settle(1, Status::Cancelled, envelope(), None);
         assert_eq!(page.cancel(), CancelAnswer::Settled(Some(Box::new(envelope()))));
     }

@@ -35,8 +35,11 @@ pub enum Phase {
     Running {
         /// The start of the agent.
         boot: String,
+        /// Nothing else ran beside it: if the agent dies meanwhile, it was this one's doing if it was anybody's.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        alone: bool,
     },
-    /// A copy of it is held in a retry queue until then.
+    /// The broker has it: a copy that is held in a retry queue until then, or what was given back.
     Released {
         /// When it is due.
         until: Timestamp,
@@ -96,6 +99,9 @@ pub struct Entry {
     /// Crashes of the agent at which it was running.
     #[serde(default)]
     pub crashes: u32,
+    /// At one of them nothing else was running.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub crashed_alone: bool,
     /// A cancel arrived while it was open.
     #[serde(default)]
     pub cancelled: bool,
@@ -170,6 +176,7 @@ impl Entry {
             attempt: 0,
             released: 0,
             crashes: 0,
+            crashed_alone: false,
             cancelled: false,
             event: None,
             owes_event: false,
@@ -237,24 +244,35 @@ impl Page {
         self.entries.sort_by_key(|entry| entry.round);
     }
 
+    /// The entry of a round; what was lost with a damaged journal is put there as `lost` has it.
+    ///
+    /// Whoever holds a task knows it: that the journal does not must not keep it from its end.
+    pub fn known(&mut self, round: Round, lost: impl FnOnce() -> Entry) -> &mut Entry {
+        if self.round(round).is_none() {
+            self.insert(Entry { round, ..lost() });
+        }
+        self.round_mut(round).expect("the entry was inserted above")
+    }
+
     /// Notes that an attempt begins; false if the task was settled or cancelled meanwhile.
-    pub fn begin(&mut self, round: Round, attempt: u32, boot: &str) -> bool {
+    pub fn begin(&mut self, round: Round, attempt: u32, boot: &str, alone: bool) -> bool {
         match self.round_mut(round) {
             Some(entry) if entry.is_open() && !entry.cancelled => {
                 entry.attempt = entry.attempt.max(attempt);
-                entry.phase = Phase::Running { boot: boot.to_owned() };
+                entry.phase = Phase::Running { boot: boot.to_owned(), alone };
                 true
             }
             _ => false,
         }
     }
 
-    /// Notes that a running attempt was given back without being charged, as at a drain.
-    pub fn give_back(&mut self, round: Round) {
+    /// Notes that the broker has it again, uncharged, as at a drain. What is given back one by one may come again in
+    /// another order: if it is a clone, later tasks of its project wait for it.
+    pub fn give_back(&mut self, round: Round, now: Timestamp) {
         if let Some(entry) = self.round_mut(round)
-            && matches!(entry.phase, Phase::Running { .. })
+            && matches!(entry.phase, Phase::Running { .. } | Phase::Waiting)
         {
-            entry.phase = Phase::Waiting;
+            entry.phase = Phase::Released { until: now };
         }
     }
 

@@ -110,6 +110,9 @@ pub struct ControlAnswer {
     /// For `state`: the hosts of upstreams that are talked to, waited for or left alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hosts: Option<Vec<HostState>>,
+    /// For `state`: when a damaged journal was last set aside; the agent's log says more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal_set_aside: Option<Timestamp>,
     /// For `state`: version of the agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_version: Option<String>,

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use super::{JournalError, Rows, Write};
 use crate::{
-    journal::Entry,
+    journal::{Entry, Phase},
     protocol::{Round, TaskId},
 };
 
@@ -75,12 +75,17 @@ impl Rows for MemoryRows {
         Ok(self.select(|entry| entry.waiting_clone().is_some()))
     }
 
+    async fn running(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        Ok(self.select(|entry| matches!(entry.phase, Phase::Running { .. })))
+    }
+
     async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
         Ok(self.contents.notes.get(name).cloned())
     }
 
-    async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {
-        Ok(self.contents.notes.keys().filter(|name| name.starts_with(prefix)).cloned().collect())
+    async fn notes(&mut self, prefix: &str) -> Result<Vec<(String, String)>, JournalError> {
+        let found = self.contents.notes.iter().filter(|(name, _)| name.starts_with(prefix));
+        Ok(found.map(|(name, value)| (name.clone(), value.clone())).collect())
     }
 
     async fn prune(&mut self, limit: Timestamp, most: u32) -> Result<u64, JournalError> {

@@ -1,6 +1,15 @@
 //! Pages in SQLite, in WAL mode with a full sync at each commit.
+//!
+//! A database that is damaged is never a reason not to start, nor to end: it is set aside, what can be read of it goes
+//! into a fresh one, and the broker and the projects' own marks make up for the rest.
+
+mod check;
+mod recovery;
+mod row;
+mod signs;
 
 use std::{
+    ffi::OsString,
     fs::File,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
@@ -9,13 +18,13 @@ use std::{
 use async_trait::async_trait;
 use jiff::Timestamp;
 use rustix::fs::{FallocateFlags, fallocate};
-use sqlx::{
-    ConnectOptions as _, Connection as _, Row as _, SqliteConnection,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous},
-};
+use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteRow};
 
 use super::{JournalError, Rows, Write};
-use crate::{journal::Entry, protocol::TaskId};
+use crate::{
+    journal::{Entry, Phase},
+    protocol::TaskId,
+};
 
 /// The tables. An entry is one JSON text: only what is searched for has a column of its own.
 const SCHEMA: &str = "
@@ -25,13 +34,16 @@ CREATE TABLE IF NOT EXISTS entry (
     seen INTEGER NOT NULL,
     owes INTEGER NOT NULL,
     waiting_clone INTEGER NOT NULL,
+    running INTEGER NOT NULL DEFAULT 0,
     body TEXT NOT NULL,
+    sum INTEGER,
     PRIMARY KEY (task, round)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entry_seen ON entry (seen);
 CREATE INDEX IF NOT EXISTS entry_owes ON entry (task) WHERE owes;
 CREATE INDEX IF NOT EXISTS entry_waiting_clone ON entry (task) WHERE waiting_clone;
-CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS entry_running ON entry (task) WHERE running;
+CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL, sum INTEGER) WITHOUT ROWID;
 ";
 
 /// Held back on disk beside the database, so that what was begun on a disk that filled up can still be settled. A batch
@@ -40,37 +52,39 @@ const RESERVE: u64 = 4 * 1024 * 1024;
 
 /// Pages in an SQLite database.
 pub struct SqliteRows {
-    connection: SqliteConnection,
+    /// The database, or what is wrong with it while it is none.
+    connection: Result<SqliteConnection, String>,
     path: PathBuf,
 }
 
 impl SqliteRows {
-    /// Opens the database at `path`, making it if it is not there.
+    /// Opens the database at `path`, making it if it is not there. One that is damaged is set aside, and what can be
+    /// read of it is taken over.
     ///
     /// # Errors
-    /// When it cannot be opened, is damaged, or was written by a later version.
+    /// When it cannot be opened or made, or was written by a later version.
     pub async fn open(path: &Path) -> Result<Self, JournalError> {
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(std::time::Duration::from_secs(5))
-            // A few pages are touched at a time: the default of 2 MB would only add to the idle agent.
-            .pragma("cache_size", "-512")
-            .disable_statement_logging();
-        let failed = |doing| move |error: sqlx::Error| database(path, doing, &error);
-        let mut connection = SqliteConnection::connect_with(&options).await.map_err(failed("opened"))?;
-        sqlx::raw_sql(SCHEMA).execute(&mut connection).await.map_err(failed("prepared"))?;
-        let mut rows = Self { connection, path: path.to_owned() };
+        recovery::finish(path)?;
+        let opened = match signs::look(path, &reserve(path)) {
+            Ok(left) => check::connect(path, &left).await,
+            Err(reason) => Err(damaged(path, reason)),
+        };
+        let connection = match opened {
+            Err(JournalError::Damaged { reason, .. }) => {
+                recovery::recover(path, &reason).await?;
+                check::connect(path, &signs::Left::default()).await?
+            }
+            other => other?,
+        };
+        let mut rows = Self { connection: Ok(connection), path: path.to_owned() };
         if let Err(error) = rows.replenish().await {
             tracing::warn!(error = %error, "the journal starts without its reserve");
         }
         Ok(rows)
     }
 
-    fn reserve(&self) -> PathBuf {
-        self.path.with_extension("reserve")
+    fn database(&mut self) -> Result<&mut SqliteConnection, JournalError> {
+        self.connection.as_mut().map_err(|reason| damaged(&self.path, reason.clone()))
     }
 
     async fn write_all(&mut self, batch: &[Write]) -> Result<(), JournalError> {
@@ -87,37 +101,45 @@ impl SqliteRows {
     async fn put(&mut self, task: &TaskId, entry: &Entry) -> Result<(), JournalError> {
         let body = serde_json::to_string(entry).expect("an entry serialises");
         let done = sqlx::query(
-            "INSERT INTO entry (task, round, seen, owes, waiting_clone, body) VALUES (?, ?, ?, ?, ?, ?)
+            "INSERT INTO entry (task, round, seen, owes, waiting_clone, running, body, sum)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?)
              ON CONFLICT (task, round) DO UPDATE SET
-             seen = excluded.seen, owes = excluded.owes, waiting_clone = excluded.waiting_clone, body = excluded.body",
+             seen = excluded.seen, owes = excluded.owes, waiting_clone = excluded.waiting_clone,
+             running = excluded.running, body = excluded.body, sum = excluded.sum",
         )
         .bind(task.as_str())
         .bind(i64::from(entry.round))
         .bind(entry.seen.as_second())
         .bind(entry.owes())
         .bind(entry.waiting_clone().is_some())
-        .bind(body)
-        .execute(&mut self.connection)
+        .bind(matches!(entry.phase, Phase::Running { .. }))
+        .bind(&body)
+        .bind(row::entry_sum(task.as_str(), i64::from(entry.round), &body))
+        .execute(self.database()?)
         .await;
         done.map(drop).map_err(self.written())
     }
 
     async fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<(), JournalError> {
         let done = match value {
-            Some(value) => sqlx::query(
-                "INSERT INTO note (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            )
-            .bind(name)
-            .bind(value)
-            .execute(&mut self.connection)
-            .await,
-            None => sqlx::query("DELETE FROM note WHERE name = ?").bind(name).execute(&mut self.connection).await,
+            Some(value) => {
+                sqlx::query(
+                    "INSERT INTO note (name, value, sum) VALUES (?, ?, ?)
+                 ON CONFLICT (name) DO UPDATE SET value = excluded.value, sum = excluded.sum",
+                )
+                .bind(name)
+                .bind(value)
+                .bind(row::note_sum(name, value))
+                .execute(self.database()?)
+                .await
+            }
+            None => sqlx::query("DELETE FROM note WHERE name = ?").bind(name).execute(self.database()?).await,
         };
         done.map(drop).map_err(self.written())
     }
 
     async fn run(&mut self, doing: &'static str, sql: &'static str) -> Result<(), JournalError> {
-        let done = sqlx::query(sql).execute(&mut self.connection).await;
+        let done = sqlx::query(sql).execute(self.database()?).await;
         done.map(drop).map_err(|error| database(&self.path, doing, &error))
     }
 
@@ -131,24 +153,39 @@ impl SqliteRows {
         move |error| database(&path, "written", &error)
     }
 
-    /// Entries with their tasks; a row that cannot be read (a later version's) is left out and logged.
-    fn entries_of(&self, rows: Vec<SqliteRow>) -> Vec<(TaskId, Entry)> {
-        let read = |row: SqliteRow| {
-            let task = TaskId::new(row.get::<String, _>(0)).ok()?;
-            match serde_json::from_str(row.get::<&str, _>(1)) {
-                Ok(entry) => Some((task, entry)),
-                Err(error) => {
-                    tracing::error!(task.id = %task, error = %error, path = %self.path.display(), "journal entry unreadable");
-                    None
-                }
-            }
-        };
-        rows.into_iter().filter_map(read).collect()
+    /// Entries with their tasks. One row that cannot be believed is damage: nobody knows what else is wrong.
+    fn entries_of(&self, rows: &[SqliteRow]) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        rows.iter().map(row::entry).collect::<Result<_, _>>().map_err(|reason| damaged(&self.path, reason))
+    }
+
+    async fn select(&mut self, sql: &'static str) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        let rows = sqlx::query(sql).fetch_all(self.database()?).await.map_err(self.read())?;
+        self.entries_of(&rows)
     }
 }
 
+/// Where the reserve of the journal at `path` is.
+fn reserve(path: &Path) -> PathBuf {
+    path.with_extension("reserve")
+}
+
+/// A file beside `path`, of the same name with this ending.
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(ending);
+    name.into()
+}
+
+fn damaged(path: &Path, reason: String) -> JournalError {
+    JournalError::Damaged { path: path.display().to_string(), reason }
+}
+
 fn database(path: &Path, doing: &'static str, error: &sqlx::Error) -> JournalError {
-    JournalError::Database { path: path.display().to_string(), doing, reason: error.to_string() }
+    let reason = error.to_string();
+    if check::is_damage(error) {
+        return damaged(path, reason);
+    }
+    JournalError::Database { path: path.display().to_string(), doing, reason }
 }
 
 #[async_trait]
@@ -163,11 +200,11 @@ impl Rows for SqliteRows {
     }
 
     async fn relieve(&mut self) -> bool {
-        std::fs::remove_file(self.reserve()).is_ok()
+        std::fs::remove_file(reserve(&self.path)).is_ok()
     }
 
     async fn replenish(&mut self) -> Result<(), JournalError> {
-        let path = self.reserve();
+        let path = reserve(&self.path);
         let made = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).and_then(|file| {
             // Allocated, not sparse: a hole would hold nothing back.
             fallocate(&file, FallocateFlags::empty(), 0, RESERVE)?;
@@ -182,47 +219,63 @@ impl Rows for SqliteRows {
         self.write(&probe).await
     }
 
+    async fn renew(&mut self, reason: &str) -> Result<(), JournalError> {
+        // Closed before its files are moved: at its end it removes its log by name.
+        if let Ok(connection) = std::mem::replace(&mut self.connection, Err(reason.to_owned())) {
+            drop(connection.close().await);
+        }
+        recovery::finish(&self.path)?;
+        recovery::recover(&self.path, reason).await?;
+        self.connection = Ok(check::connect(&self.path, &signs::Left::default()).await?);
+        Ok(())
+    }
+
+    async fn close(&mut self) {
+        if let Ok(connection) = std::mem::replace(&mut self.connection, Err("it is closed".to_owned())) {
+            // What fails here leaves the log, and the next start looks closer.
+            drop(connection.close().await);
+        }
+    }
+
     async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError> {
-        let rows = sqlx::query("SELECT task, body FROM entry WHERE task = ? ORDER BY round")
+        let rows = sqlx::query("SELECT task, round, body, sum FROM entry WHERE task = ? ORDER BY round")
             .bind(task.as_str())
-            .fetch_all(&mut self.connection)
+            .fetch_all(self.database()?)
             .await
             .map_err(self.read())?;
-        Ok(self.entries_of(rows).into_iter().map(|(_, entry)| entry).collect())
+        Ok(self.entries_of(&rows)?.into_iter().map(|(_, entry)| entry).collect())
     }
 
     async fn owing(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
-        let rows = sqlx::query("SELECT task, body FROM entry WHERE owes ORDER BY task, round")
-            .fetch_all(&mut self.connection)
-            .await
-            .map_err(self.read())?;
-        Ok(self.entries_of(rows))
+        self.select("SELECT task, round, body, sum FROM entry WHERE owes ORDER BY task, round").await
     }
 
     async fn waiting_clones(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
-        let rows = sqlx::query("SELECT task, body FROM entry WHERE waiting_clone ORDER BY task, round")
-            .fetch_all(&mut self.connection)
-            .await
-            .map_err(self.read())?;
-        Ok(self.entries_of(rows))
+        self.select("SELECT task, round, body, sum FROM entry WHERE waiting_clone ORDER BY task, round").await
+    }
+
+    async fn running(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        self.select("SELECT task, round, body, sum FROM entry WHERE running ORDER BY task, round").await
     }
 
     async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
-        let row = sqlx::query("SELECT value FROM note WHERE name = ?")
+        let row = sqlx::query("SELECT name, value, sum FROM note WHERE name = ?")
             .bind(name)
-            .fetch_optional(&mut self.connection)
+            .fetch_optional(self.database()?)
             .await
             .map_err(self.read())?;
-        Ok(row.map(|row| row.get(0)))
+        let note = row.as_ref().map(row::note).transpose().map_err(|reason| damaged(&self.path, reason))?;
+        Ok(note.map(|(_, value)| value))
     }
 
-    async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {
-        let rows = sqlx::query("SELECT name FROM note WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name")
-            .bind(prefix)
-            .fetch_all(&mut self.connection)
-            .await
-            .map_err(self.read())?;
-        Ok(rows.into_iter().map(|row| row.get(0)).collect())
+    async fn notes(&mut self, prefix: &str) -> Result<Vec<(String, String)>, JournalError> {
+        let rows =
+            sqlx::query("SELECT name, value, sum FROM note WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name")
+                .bind(prefix)
+                .fetch_all(self.database()?)
+                .await
+                .map_err(self.read())?;
+        rows.iter().map(row::note).collect::<Result<_, _>>().map_err(|reason| damaged(&self.path, reason))
     }
 
     async fn prune(&mut self, limit: Timestamp, most: u32) -> Result<u64, JournalError> {
@@ -232,7 +285,7 @@ impl Rows for SqliteRows {
         )
         .bind(limit.as_second())
         .bind(most)
-        .execute(&mut self.connection)
+        .execute(self.database()?)
         .await;
         done.map(|done| done.rows_affected()).map_err(self.written())
     }

@@ -16,7 +16,6 @@ use super::{
     Interrupted, Worker,
     arrival::Arrival,
     hand_over::Parked,
-    line::InLine,
     reporter::About,
     step::{Observe, Step},
     turns::Turn,
@@ -104,14 +103,13 @@ impl Worker {
         self: &Arc<Self>,
         arrival: &Arrival,
         ticket: Ticket,
-        line: InLine,
         turn: &mut Option<Turn>,
     ) -> Result<Ending, Interrupted> {
         let over = |outcome| Ok(Ending::Over { ticket, outcome });
         if let Err(failure) = self.executor.admit(&arrival.task) {
             return over(Outcome::Rejected(failure));
         }
-        match self.wait_for_turn(arrival, ticket, line).await? {
+        match self.wait_for_turn(arrival, ticket).await? {
             Waited::Turn(taken) => *turn = Some(taken),
             Waited::TooMany | Waited::TooLong => {
                 return Ok(Ending::round_trip(ticket, ROUND_TRIP, arrival.headers.deferred_since));
@@ -126,10 +124,10 @@ impl Worker {
         }
     }
 
-    async fn wait_for_turn(&self, arrival: &Arrival, ticket: Ticket, line: InLine) -> Result<Waited, Interrupted> {
-        let Some(mut queued) = self.turns.queue(&arrival.task, ticket.place) else { return Ok(Waited::TooMany) };
-        // From here on the schedule keeps the order.
-        drop(line);
+    async fn wait_for_turn(&self, arrival: &Arrival, ticket: Ticket) -> Result<Waited, Interrupted> {
+        let queued = self.turns.queue(&arrival.task, ticket.place);
+        arrival.line.pass();
+        let Some(mut queued) = queued else { return Ok(Waited::TooMany) };
         self.observer.reached(Step::Queued, Some(&arrival.key.task_id));
         if self.soft.is_cancelled() {
             return Err(Interrupted::Stopping);
@@ -144,6 +142,8 @@ impl Worker {
             biased;
             () = arrival.cancel.cancelled() => Ok(Waited::Cancelled),
             () = self.soft.cancelled() => Err(Interrupted::Stopping),
+            // What is left of the journal's room is for what was begun.
+            () = self.in_trouble() => Err(Interrupted::Stopping),
             turn = queued.turn() => turn.map(Waited::Turn).ok_or(Interrupted::Stopping),
             () = tokio::time::sleep(self.settings.longest_wait) => Ok(Waited::TooLong),
         }
@@ -156,12 +156,12 @@ impl Worker {
         // It came in time; that it waited here does not make it early again.
         sighting.not_before = None;
         let (now, round, project) = (sighting.now, sighting.round, sighting.project);
-        let boot = self.boot.clone();
+        let (boot, alone) = (self.boot.clone(), self.caution.is_on());
         let step = self.journal.step(&arrival.key.task_id, now, move |step| {
             sighting.next_arrival = step.next_arrival;
             let (admission, _) = step.page.admit(&sighting, &(step.clones)(project));
             if let Admission::Fresh(ticket) = &admission {
-                step.page.begin(round, ticket.attempt, &boot);
+                step.page.begin(round, ticket.attempt, &boot, alone);
             }
             admission
         });

@@ -5,25 +5,24 @@ use std::{
     time::Duration,
 };
 
-use jiff::SignedDuration;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     Worker, WorkerError,
     enrol::{Ahead, ensure_topology, refuse_an_occupied_queue, tasks},
+    poison::IN_HAND,
     readiness::Readiness,
     watch::{Verdict, Watched},
 };
 use crate::{
     broker::{BrokerError, Consume, Consumer, Stop, Topology},
     journal::Key,
+    store::JournalError,
 };
 
 /// How often a journal that could not be written is tried again.
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
-/// How often old records are removed.
-const UPKEEP_INTERVAL: Duration = Duration::from_mins(10);
 /// How long a publish of a non-terminal event may hold up the end.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Starts in a row that did not end cleanly, after which one delivery is taken at a time.
@@ -65,10 +64,13 @@ impl Worker {
         }
         let control = tokio::spawn(self.clone().control());
         let upkeep = tokio::spawn(self.clone().upkeep());
+        let sparing = tokio::spawn(self.clone().spare_the_journal());
         let result = self.take_messages(ahead.consumer).await;
         self.finish_up().await;
         control.abort();
         upkeep.abort();
+        sparing.abort();
+        self.journal.close().await;
         result
     }
 
@@ -105,7 +107,9 @@ impl Worker {
         self.journal.set_note(UNCLEAN, Some(&(unclean + 1).to_string())).await?;
         if unclean >= UNCLEAN_LIMIT {
             tracing::warn!(starts.unclean = unclean, "the last starts did not end cleanly: one delivery at a time");
-            self.cautious.send_replace(true);
+            let suspects = self.journal.running().await?.into_iter();
+            let suspects = suspects.map(|(task_id, entry)| Key { task_id, round: entry.round });
+            self.caution.begin(suspects, usize::from(self.settings.window));
         }
         self.paused.send_replace(self.journal.note(PAUSED).await?.is_some());
         self.readiness.send_modify(|readiness| readiness.journal = true);
@@ -124,9 +128,9 @@ impl Worker {
     /// Consumes while it may; with the consumer that stands in line for it, if one does.
     async fn take_messages(self: &Arc<Self>, in_line: Option<Consumer>) -> Result<(), WorkerError> {
         // What a pause, or caution, would keep from it must not lie in its window.
-        let mut in_line = in_line.filter(|_| !*self.paused.borrow() && !*self.cautious.borrow());
+        let mut in_line = in_line.filter(|_| !*self.paused.borrow() && !self.caution.is_on());
         while self.until_it_may_consume().await {
-            let prefetch = if *self.cautious.borrow() { 1 } else { self.settings.window };
+            let prefetch = if self.caution.is_on() { 1 } else { self.settings.window };
             let consume = tasks(&self.settings, &self.boot, prefetch);
             let queue = consume.queue.clone();
             let mut consumer = match in_line.take() {
@@ -161,7 +165,8 @@ impl Worker {
                 self.handling.reopen();
             }
         }
-        Ok(())
+        // Its writer broke down. Nothing can be done for it in this process: the next one begins anew.
+        if self.journal.is_closed() { Err(JournalError::Closed.into()) } else { Ok(()) }
     }
 
     /// A consumer of ours, to be compared with what the broker says of it.
@@ -173,7 +178,7 @@ impl Worker {
     async fn take_until(self: &Arc<Self>, consumer: &mut Consumer) -> Ended {
         let (mut consuming, mut publishing) = (consumer.health(), self.broker.health());
         let (presence, mut verdict) = (consumer.presence(), self.verdict.subscribe());
-        let cautious = *self.cautious.borrow();
+        let cautious = self.caution.is_on();
         loop {
             self.note_readiness(*consuming.borrow_and_update(), *publishing.borrow_and_update(), &presence.now());
             if self.soft.is_cancelled() {
@@ -185,7 +190,7 @@ impl Worker {
             if *self.trouble.borrow() {
                 return Ended::Trouble;
             }
-            if cautious && !*self.cautious.borrow() {
+            if cautious && !self.caution.is_on() {
                 return Ended::CautionOver;
             }
             let room = self.owing() * 2 < usize::from(self.settings.window);
@@ -198,7 +203,11 @@ impl Worker {
                 // An error would mean that the worker itself is gone.
                 _ = verdict.changed() => {}
                 delivery = consumer.next(), if room => match delivery {
-                    Some(delivery) => self.receive(delivery),
+                    Some(delivery) => {
+                        // Read here, in the order in which they come: what is spawned runs in any order.
+                        let read = (!self.caution.is_on()).then(|| self.read(&delivery.message));
+                        self.handling.spawn(self.clone().handle(delivery, read));
+                    }
                     None => return Ended::Trouble,
                 },
             }
@@ -208,11 +217,11 @@ impl Worker {
     /// Waits out a pause and a journal that cannot be written; false once the worker stops.
     async fn until_it_may_consume(&self) -> bool {
         loop {
-            if self.soft.is_cancelled() {
+            if self.soft.is_cancelled() || self.journal.is_closed() {
                 return false;
             }
             if *self.trouble.borrow() && !self.journal_is_back().await {
-                self.readiness.send_modify(|readiness| readiness.journal = false);
+                self.readiness.send_if_modified(|readiness| std::mem::replace(&mut readiness.journal, false));
                 tokio::select! {
                     () = tokio::time::sleep(PROBE_INTERVAL) => {}
                     () = self.soft.cancelled() => {}
@@ -258,29 +267,9 @@ impl Worker {
         if tokio::time::timeout(LAST_WORDS, self.background.wait()).await.is_err() {
             tracing::warn!("some events were not confirmed before the end");
         }
-        if let Err(error) = self.journal.set_note(UNCLEAN, None).await {
-            tracing::warn!(error = %error, "this end could not be noted as clean");
-        }
-    }
-
-    /// Removes old records, once the queue was seen drained: before that a record may answer a delivery that waits.
-    async fn upkeep(self: Arc<Self>) {
-        let queue = self.settings.names.node(&self.settings.node);
-        let mut drained = false;
-        let retention = SignedDuration::try_from(self.settings.retention).unwrap_or(SignedDuration::MAX);
-        loop {
-            tokio::time::sleep(UPKEEP_INTERVAL).await;
-            let (in_hand, _) = self.active.counts();
-            drained |=
-                in_hand == 0 && matches!(self.broker.depth(&queue).await, Ok(Some(depth)) if depth.messages == 0);
-            if !drained {
-                continue;
-            }
-            let Ok(limit) = self.clock.now().checked_sub(retention) else { continue };
-            match self.journal.prune(limit).await {
-                Ok(0) => {}
-                Ok(removed) => tracing::info!(removed, "removed old journal records"),
-                Err(error) => tracing::warn!(error = %error, "old journal records could not be removed"),
+        for note in [IN_HAND, UNCLEAN] {
+            if let Err(error) = self.journal.set_note(note, None).await {
+                tracing::warn!(error = %error, "this end could not be noted as clean");
             }
         }
     }

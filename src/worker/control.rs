@@ -18,7 +18,7 @@ use crate::{
     failure::Failure,
     journal::{CancelAnswer, Key},
     protocol::{Control, ControlAnswer, ControlCommand, ControlMessage, Outcome, TaskId, wire},
-    store::JournalError,
+    store::{JournalError, SET_ASIDE},
 };
 
 /// How long to wait before the control queue is tried again.
@@ -79,7 +79,7 @@ impl Worker {
             Control::Pause => self.pause(true).await,
             Control::Resume => self.pause(false).await,
             Control::Drain => return self.drain(message, delivery).await,
-            Control::Inspect => Ok(self.inspect()),
+            Control::Inspect => Ok(self.inspect().await),
         };
         match answered {
             Ok(mut answer) => {
@@ -172,7 +172,7 @@ impl Worker {
         Ok(self.reporter.answer(if pause { "paused" } else { "resumed" }, None, None))
     }
 
-    fn inspect(&self) -> ControlAnswer {
+    async fn inspect(&self) -> ControlAnswer {
         let (_, running) = self.active.counts();
         let mut answer = self.reporter.answer("state", None, None);
         let readiness = *self.readiness.borrow();
@@ -183,6 +183,9 @@ impl Worker {
         answer.waiting = Some(self.turns.waiting() as u64);
         answer.busy_projects = Some(running);
         answer.hosts = Some(self.executor.hosts()).filter(|hosts| !hosts.is_empty());
+        // It is told of while it can be read; its trouble shows in readiness.
+        let set_aside = self.journal.note(SET_ASIDE).await.ok().flatten();
+        answer.journal_set_aside = set_aside.and_then(|at| at.parse().ok());
         answer.agent_version = Some(env!("CARGO_PKG_VERSION").to_owned());
         answer
     }

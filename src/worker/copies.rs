@@ -37,6 +37,8 @@ pub(super) struct NextAttempt<'a> {
     pub(super) place: Place,
     /// How long to wait.
     pub(super) wait: Duration,
+    /// What is left of that wait when the copy comes back from where it is held.
+    pub(super) left: Duration,
     /// Why, if an attempt failed.
     pub(super) failure: Option<&'a Failure>,
     /// Since when it is deferred, if it is.
@@ -52,6 +54,7 @@ impl CopyOf<'_> {
         copy.priority = self.message.priority;
         copy.set(header::ATTEMPT, i64::from(next.attempt));
         copy.set(header::NOT_BEFORE, due.as_millisecond());
+        copy.set(header::LEFT, i64::try_from(next.left.as_millis()).unwrap_or(i64::MAX));
         match next.deferred_since {
             Some(since) => copy.set(header::DEFERRED, since.as_millisecond()),
             None => drop(copy.headers.remove(header::DEFERRED)),
@@ -159,6 +162,7 @@ mod tests {
             attempt: 4,
             place: Place { generation: None, arrived: 77 },
             wait: Duration::from_secs(5),
+            left: Duration::ZERO,
             failure: Some(failure),
             deferred_since: None,
         }
@@ -170,7 +174,10 @@ mod tests {
         let failure = Failure::new(ErrorClass::Network, "no route");
         let (copy, due) = with(&message, |of| of.next_attempt(&next(&failure)));
         let names: Vec<_> = copy.headers.keys().map(String::as_str).collect();
-        assert_eq!(names, ["x-haul-arrived", "x-haul-attempt", "x-haul-history", "x-haul-node", "x-haul-not-before"]);
+        assert_eq!(
+            names,
+            ["x-haul-arrived", "x-haul-attempt", "x-haul-history", "x-haul-left", "x-haul-node", "x-haul-not-before"]
+        );
         assert_eq!((copy.priority, copy.expiration_ms), (Some(9), None));
         assert_eq!(due, now() + SignedDuration::from_secs(5));
         assert_eq!(copy.headers[header::ATTEMPT], HeaderValue::Int(4));

@@ -35,10 +35,15 @@ pub(super) enum Interrupted {
     Stopping,
     /// The journal cannot be written.
     Journal(JournalError),
+    /// A step broke down.
+    Broken,
 }
 
 impl From<JournalError> for Interrupted {
     fn from(error: JournalError) -> Self {
-        Self::Journal(error)
+        match error {
+            JournalError::Broken => Self::Broken,
+            error => Self::Journal(error),
+        }
     }
 }

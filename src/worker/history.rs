@@ -87,7 +87,7 @@ impl Worker {
                 Err(Interrupted::Journal(error)) => {
                     tracing::error!(task.id = %key.task_id, error = %error, "what became of a history could not be noted; the next start tries again");
                 }
-                Ok(()) | Err(Interrupted::Stopping) => {}
+                Ok(()) | Err(Interrupted::Stopping | Interrupted::Broken) => {}
             }
             worker.histories.leave(&key);
         });
@@ -171,8 +171,9 @@ impl Worker {
         let traceparent = entry.event.as_ref().and_then(|event| event.message.traceparent());
         let about = About { identity: &identity, round: key.round, attempt: entry.attempt, project, traceparent };
         let event = outcome.map(|outcome| self.reporter.history(&about, &outcome));
-        let round = key.round;
+        let (round, lost) = (key.round, entry.clone());
         let step = self.journal.step(&key.task_id, self.clock.now(), move |step| {
+            step.page.known(round, || lost);
             step.page.history_over(round, event);
             step.page.round(round).map(Entry::debts).unwrap_or_default()
         });

@@ -1,96 +1,117 @@
-//! The order of one project's tasks, from their delivery to their place in the schedule.
+//! The order in which deliveries of one project came, kept until each has its place in the project's queue.
 //!
-//! Deliveries are handled side by side. Without this a pull that came right behind its clone could be admitted before it,
-//! and find no project; of two pulls the newer could run first and outdate the older.
+//! Deliveries are handled side by side. Without this a pull that came right behind its clone could be admitted first, or
+//! find the project's turn free before the clone has asked for it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::oneshot;
+use tokio::sync::Notify;
 
 use crate::protocol::ProjectId;
 
-/// The last of each project that stands in line.
-#[derive(Default)]
-pub(super) struct Lines {
-    inner: Mutex<Inner>,
-}
+/// Who stands in the line of each project, by the order in which they came.
+#[derive(Debug, Default)]
+pub(super) struct Lines(Mutex<Inner>);
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Inner {
-    last: HashMap<ProjectId, (u64, oneshot::Receiver<()>)>,
-    numbers: u64,
+    standing: HashMap<ProjectId, (BTreeSet<u64>, Arc<Notify>)>,
+    next: u64,
 }
 
-/// A place in a project's line; whoever is behind goes on once it is dropped.
-pub(super) struct InLine {
+/// A place in the line of a project, given up on drop.
+#[derive(Debug)]
+pub(super) struct Line {
     lines: Arc<Lines>,
     project: ProjectId,
     number: u64,
-    before: Option<oneshot::Receiver<()>>,
-    _passed: oneshot::Sender<()>,
+    moved: Arc<Notify>,
 }
 
 impl Lines {
-    /// Takes the place behind everybody who is there.
-    pub(super) fn join(self: &Arc<Self>, project: ProjectId) -> InLine {
-        let (passed, behind) = oneshot::channel();
+    /// Stands in the line of a project.
+    pub(super) fn join(self: &Arc<Self>, project: ProjectId) -> Line {
         let mut inner = self.lock();
-        inner.numbers += 1;
-        let number = inner.numbers;
-        let before = inner.last.insert(project, (number, behind)).map(|(_, before)| before);
-        drop(inner);
-        InLine { lines: self.clone(), project, number, before, _passed: passed }
+        let number = inner.next;
+        inner.next += 1;
+        let (standing, moved) = inner.standing.entry(project).or_default();
+        standing.insert(number);
+        Line { lines: Arc::clone(self), project, number, moved: Arc::clone(moved) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl InLine {
-    /// Returns once nobody is before us.
-    pub(super) async fn first(&mut self) {
-        if let Some(before) = self.before.take() {
-            // That it is dropped is what it says.
-            let _ = before.await;
+impl Line {
+    /// Waits until everybody who came before has passed.
+    pub(super) async fn turn(&self) {
+        loop {
+            let moved = self.moved.notified();
+            let first =
+                self.lines.lock().standing.get(&self.project).and_then(|(standing, _)| standing.first().copied());
+            // Who has passed itself waits for nobody.
+            if first.is_none_or(|first| first >= self.number) {
+                return;
+            }
+            moved.await;
         }
     }
-}
 
-impl Drop for InLine {
-    fn drop(&mut self) {
+    /// Lets those behind it go on.
+    pub(super) fn pass(&self) {
         let mut inner = self.lines.lock();
-        if inner.last.get(&self.project).is_some_and(|(last, _)| *last == self.number) {
-            inner.last.remove(&self.project);
+        let Some((standing, _)) = inner.standing.get_mut(&self.project) else { return };
+        if !standing.remove(&self.number) {
+            return;
         }
+        if standing.is_empty() {
+            inner.standing.remove(&self.project);
+        }
+        self.moved.notify_waiters();
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.pass();
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     #[tokio::test]
-    async fn each_waits_for_the_one_before_it_in_its_project_and_for_no_other() {
+    async fn one_project_goes_in_line_and_others_pass() {
         let lines = Arc::new(Lines::default());
-        let (one, other) = (1, 2);
-        let (mut first, mut second, mut third) = (lines.join(one), lines.join(one), lines.join(one));
-        let mut elsewhere = lines.join(other);
-        first.first().await;
-        elsewhere.first().await;
-        let waits = tokio::spawn(async move {
-            second.first().await;
-            third
-        });
-        tokio::task::yield_now().await;
-        assert!(!waits.is_finished());
-        drop(first);
-        third = waits.await.unwrap();
-        third.first().await;
-        drop((third, elsewhere));
-        assert!(lines.lock().last.is_empty(), "who has passed is forgotten");
+        let (first, second, other) = (lines.join(7), lines.join(7), lines.join(8));
+        first.turn().await;
+        other.turn().await;
+        assert!(second.turn().now_or_never().is_none());
+        first.pass();
+        let third = lines.join(7);
+        assert!(third.turn().now_or_never().is_none());
+        drop((first, second, other));
+        third.turn().await;
+        drop(third);
+        assert!(lines.lock().standing.is_empty());
+    }
+
+    #[tokio::test]
+    async fn whoever_leaves_the_line_lets_nobody_pass_those_before_it() {
+        let lines = Arc::new(Lines::default());
+        let (first, second, third) = (lines.join(7), lines.join(7), lines.join(7));
+        first.turn().await;
+        drop(second);
+        assert!(third.turn().now_or_never().is_none());
+        first.pass();
+        third.turn().await;
     }
 }

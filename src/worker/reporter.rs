@@ -136,6 +136,7 @@ impl Reporter {
             waiting: None,
             busy_projects: None,
             hosts: None,
+            journal_set_aside: None,
             agent_version: None,
         }
     }

@@ -50,6 +50,12 @@ impl Clock {
         Self(Arc::new(move || epoch + origin.elapsed()))
     }
 
+    /// A clock that says what `tell` does: tests set it.
+    #[must_use]
+    pub fn told_by(tell: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
+        Self(Arc::new(tell))
+    }
+
     /// Now.
     #[must_use]
     pub fn now(&self) -> Timestamp {

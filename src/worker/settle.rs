@@ -64,7 +64,9 @@ impl Worker {
         let (round, status) = (arrival.key.round, outcome.status());
         let tree_first = matches!(&outcome, Outcome::Succeeded(result) if result.history.as_deref() == Some(PENDING));
         let owes_history = tree_first.then_some(project.seq);
+        let lost = arrival.entry(ticket.place, now);
         let step = self.journal.step(&arrival.key.task_id, now, move |step| {
+            step.page.known(round, || lost);
             let concluded = step.page.settle(round, status, event, dead);
             if let Some(seq) = owes_history.filter(|_| concluded == Concluded::Now) {
                 step.page.owe_history(round, seq);
@@ -145,6 +147,7 @@ impl Worker {
         let event = self.reporter.terminal(&about, &outcome);
         let (round, status) = (entry.round, outcome.status());
         let step = self.journal.step(&task_id, self.clock.now(), move |step| {
+            step.page.known(round, || entry);
             step.page.settle(round, status, event, None);
             step.page.round(round).map(Entry::debts).unwrap_or_default()
         });
@@ -174,10 +177,12 @@ impl Worker {
 
     /// Publishes the copy that asks for another attempt, then notes it.
     pub(super) async fn release(self: &Arc<Self>, arrival: &Arrival, again: Again) -> Result<(), Interrupted> {
+        let holding = retry::holding(again.wait, &RETRY_DELAYS);
         let next = NextAttempt {
             attempt: again.attempt,
             place: again.ticket.place,
             wait: again.wait,
+            left: again.wait.saturating_sub(holding),
             failure: again.failure.as_ref(),
             deferred_since: again.deferred_since,
         };
@@ -186,14 +191,15 @@ impl Worker {
             let project = self.executor.project(arrival.task.project).await;
             self.reporter.retrying(&arrival.about(again.ticket, project), failure, due);
         }
-        let holding = retry::holding(again.wait, &RETRY_DELAYS);
         let exchange = self.settings.names.retry(holding);
         self.deliver(Envelope { exchange, routing_key: self.settings.node.to_string(), message }, false).await?;
         self.observer.reached(Step::CopyConfirmed, Some(&arrival.key.task_id));
-        let (round, attempt) = (arrival.key.round, again.attempt);
-        let noted = self
-            .journal
-            .step(&arrival.key.task_id, self.clock.now(), move |step| step.page.release(round, attempt, due));
+        let (round, attempt, now) = (arrival.key.round, again.attempt, self.clock.now());
+        let lost = arrival.entry(again.ticket.place, now);
+        let noted = self.journal.step(&arrival.key.task_id, now, move |step| {
+            step.page.known(round, || lost);
+            step.page.release(round, attempt, due)
+        });
         let cancelled = noted.await?;
         self.observer.reached(Step::CopyNoted, Some(&arrival.key.task_id));
         match cancelled {
@@ -286,14 +292,14 @@ impl Worker {
         self.deliver(self.dead_envelope(message), false).await
     }
 
-    fn dead_envelope(&self, message: Message) -> Envelope {
+    pub(super) fn dead_envelope(&self, message: Message) -> Envelope {
         Envelope { exchange: self.settings.names.dlx(), routing_key: self.settings.node.to_string(), message }
     }
 
     /// Publishes until the broker has it, however long that takes; only a stop ends it earlier.
     ///
     /// `terminal`: an event that no queue takes counts as delivered where the master has no queue.
-    async fn deliver(&self, envelope: Envelope, terminal: bool) -> Result<(), Interrupted> {
+    pub(super) async fn deliver(&self, envelope: Envelope, terminal: bool) -> Result<(), Interrupted> {
         let mut patience = PATIENCE;
         let mut counted = None;
         loop {

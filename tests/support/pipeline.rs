@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -27,7 +27,7 @@ use haul::{
     store::{Journal, JournalError, MemoryRows, Rows, Write},
     worker::{Clock, Observe, Parts, Step, Worker, WorkerError, WorkerSettings},
 };
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -187,14 +187,26 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// Writes down the steps.
+/// Writes down the steps, and breaks at some.
 struct Steps {
     log: Mutex<Vec<(Step, Option<TaskId>)>>,
     count: watch::Sender<usize>,
+    /// Panics at these steps, of this task where the step knows one; so often.
+    breaks: Mutex<Vec<(Step, TaskId, usize)>>,
+}
+
+impl Steps {
+    fn breaks_at(&self, step: Step, task: Option<&TaskId>) -> bool {
+        let mut breaks = self.breaks.lock().unwrap();
+        let due =
+            breaks.iter_mut().find(|(at, of, times)| *at == step && *times > 0 && task.is_none_or(|task| task == of));
+        due.map(|(_, _, times)| *times -= 1).is_some()
+    }
 }
 
 impl Observe for Steps {
     fn reached(&self, step: Step, task: Option<&TaskId>) {
+        assert!(!self.breaks_at(step, task), "told to panic at {step}");
         self.log.lock().unwrap().push((step, task.cloned()));
         self.count.send_modify(|count| *count += 1);
     }
@@ -218,7 +230,10 @@ pub struct Pipeline {
     news: watch::Sender<u64>,
     rows: Arc<tokio::sync::Mutex<MemoryRows>>,
     full: Arc<AtomicBool>,
+    damaged: Arc<AtomicBool>,
     clock: Clock,
+    /// Seconds that the wall clock was put forward.
+    ahead: Arc<AtomicI64>,
     boots: AtomicU64,
     retry: RetrySettings,
     running: Option<Running>,
@@ -249,15 +264,23 @@ impl Pipeline {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let news = watch::Sender::new(0);
         let subscriber = subscribe(&broker, names.master_event(), seen.clone(), news.clone()).await;
+        let (steady, ahead) = (Clock::following_tokio(Timestamp::from_second(1_800_000_000).unwrap()), Arc::default());
+        let stepped = Arc::clone(&ahead);
+        let clock = Clock::told_by(move || {
+            let seconds: &AtomicI64 = &stepped;
+            steady.now() + SignedDuration::from_secs(seconds.load(Ordering::SeqCst))
+        });
         let mut pipeline = Self {
             broker,
             executor: Arc::new(Obedient::default()),
-            steps: Arc::new(Steps { log: Mutex::default(), count: watch::Sender::new(0) }),
+            steps: Arc::new(Steps { log: Mutex::default(), count: watch::Sender::new(0), breaks: Mutex::default() }),
             seen,
             news,
             rows: Arc::new(tokio::sync::Mutex::new(rows)),
             full,
-            clock: Clock::following_tokio(Timestamp::from_second(1_800_000_000).unwrap()),
+            damaged: Arc::default(),
+            clock,
+            ahead,
             boots: AtomicU64::new(0),
             retry,
             running: None,
@@ -282,12 +305,16 @@ impl Pipeline {
                 force: false,
             },
             broker: Arc::new(MortalBroker { broker: self.broker.clone(), dead: dead.clone() }),
-            journal: Journal::open(MortalRows { rows: self.rows.clone(), dead }).await.unwrap(),
+            journal: self.journal(dead).await,
             executor: self.executor.clone(),
             observer: self.steps.clone(),
             clock: self.clock.clone(),
             boot: format!("boot-{boot}"),
         }
+    }
+
+    async fn journal(&self, dead: Arc<AtomicBool>) -> Journal {
+        Journal::open(MortalRows { rows: self.rows.clone(), dead, damaged: self.damaged.clone() }).await.unwrap()
     }
 
     /// Starts the worker again, as a new process would.
@@ -414,6 +441,47 @@ impl Pipeline {
             letter.ack().await.unwrap();
         }
         browse.give_back().await.unwrap();
+    }
+
+    /// Puts the wall clock forward, or back, by so many days.
+    pub fn step_clock(&self, days: i64) {
+        self.ahead.fetch_add(days * 86_400, Ordering::SeqCst);
+    }
+
+    /// What the wall clock says.
+    pub fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    /// Panics whenever a step of a task is reached, so often; steps that know no task yet belong to any.
+    pub fn break_at(&self, step: Step, id: &str, times: usize) {
+        self.steps.breaks.lock().unwrap().push((step, TaskId::new(id).unwrap(), times));
+    }
+
+    /// The process is gone, and its journal with it.
+    pub async fn crash_without_journal(&mut self) {
+        self.crash().await;
+        *self.rows.lock().await = MemoryRows::default();
+    }
+
+    /// Damages the journal under the running worker: what it held is lost.
+    pub fn damage_journal(&self) {
+        self.damaged.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a task of the project is executed now.
+    pub fn is_running(&self, project: ProjectId) -> bool {
+        self.executor.running.lock().unwrap().contains(&project)
+    }
+
+    /// Waits until each of these was executed since the last [`Pipeline::forget_executions`].
+    pub async fn until_executions(&self, ids: &[&str]) {
+        self.until(&format!("{ids:?} to run"), || ids.iter().all(|id| self.executions(id) > 0).then_some(())).await;
+    }
+
+    /// Forgets what was executed so far.
+    pub fn forget_executions(&self) {
+        self.executor.log.lock().unwrap().clear();
     }
 
     /// Makes the journal refuse to write, or not.
@@ -648,10 +716,14 @@ impl Broker for MortalBroker {
 struct MortalRows {
     rows: Arc<tokio::sync::Mutex<MemoryRows>>,
     dead: Arc<AtomicBool>,
+    damaged: Arc<AtomicBool>,
 }
 
 impl MortalRows {
     async fn alive(&self) -> Result<tokio::sync::MutexGuard<'_, MemoryRows>, JournalError> {
+        if self.damaged.load(Ordering::SeqCst) {
+            return Err(JournalError::Damaged { path: "memory".to_owned(), reason: "told to be".to_owned() });
+        }
         if self.dead.load(Ordering::SeqCst) { Err(JournalError::Closed) } else { Ok(self.rows.lock().await) }
     }
 }
@@ -667,6 +739,11 @@ impl Rows for MortalRows {
     async fn replenish(&mut self) -> Result<(), JournalError> {
         self.alive().await?.replenish().await
     }
+    async fn renew(&mut self, _reason: &str) -> Result<(), JournalError> {
+        *self.rows.lock().await = MemoryRows::default();
+        self.damaged.store(false, Ordering::SeqCst);
+        Ok(())
+    }
     async fn entries(&mut self, task: &TaskId) -> Result<Vec<Entry>, JournalError> {
         self.alive().await?.entries(task).await
     }
@@ -676,10 +753,13 @@ impl Rows for MortalRows {
     async fn waiting_clones(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
         self.alive().await?.waiting_clones().await
     }
+    async fn running(&mut self) -> Result<Vec<(TaskId, Entry)>, JournalError> {
+        self.alive().await?.running().await
+    }
     async fn note(&mut self, name: &str) -> Result<Option<String>, JournalError> {
         self.alive().await?.note(name).await
     }
-    async fn notes(&mut self, prefix: &str) -> Result<Vec<String>, JournalError> {
+    async fn notes(&mut self, prefix: &str) -> Result<Vec<(String, String)>, JournalError> {
         self.alive().await?.notes(prefix).await
     }
     async fn prune(&mut self, limit: Timestamp, most: u32) -> Result<u64, JournalError> {

@@ -10,6 +10,9 @@ pub const ATTEMPT: &str = "x-haul-attempt";
 pub const ARRIVED: &str = "x-haul-arrived";
 /// Milliseconds since the epoch before which a copy hops again.
 pub const NOT_BEFORE: &str = "x-haul-not-before";
+/// Milliseconds that a copy still has to wait when it comes back: it is held no longer than that, wherever the clock that
+/// [`NOT_BEFORE`] was told by is by then.
+pub const LEFT: &str = "x-haul-left";
 /// Milliseconds since the epoch when the task was first deferred.
 pub const DEFERRED: &str = "x-haul-deferred";
 /// The node whose task it is.

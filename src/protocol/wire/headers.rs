@@ -1,6 +1,6 @@
 //! The values of headers, and what ours say of a copy.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -99,6 +99,8 @@ pub struct CopyHeaders {
     pub arrived: Option<i64>,
     /// Not before this moment.
     pub not_before: Option<Timestamp>,
+    /// It still has to wait for so long, at most.
+    pub left: Option<Duration>,
     /// When it was first deferred.
     pub deferred_since: Option<Timestamp>,
     /// Whose task it is.
@@ -122,6 +124,7 @@ impl CopyHeaders {
             attempt: count(header::ATTEMPT).unwrap_or(1).max(1),
             arrived: int(header::ARRIVED).filter(|&us| us > 0),
             not_before: moment(header::NOT_BEFORE),
+            left: int(header::LEFT).and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis),
             deferred_since: moment(header::DEFERRED),
             node: owner_node(headers),
             history: headers
@@ -165,7 +168,8 @@ mod tests {
                 HeaderValue::Table(BTreeMap::from([("a".to_owned(), HeaderValue::Int(3))])),
             ]
         };
-        let names = [header::ROUND, header::ATTEMPT, header::ARRIVED, header::NOT_BEFORE, header::DEFERRED];
+        let names =
+            [header::ROUND, header::ATTEMPT, header::ARRIVED, header::NOT_BEFORE, header::LEFT, header::DEFERRED];
         for name in names.into_iter().chain([header::NODE, header::DEATH]) {
             for value in odd() {
                 let headers = read(name, value.clone());
