@@ -6,6 +6,7 @@ pub mod address;
 mod inbox;
 pub mod management;
 pub mod memory;
+mod presence;
 pub mod rabbitmq;
 pub mod settings;
 pub mod topology;
@@ -17,6 +18,8 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 pub use inbox::Inbox;
+pub use management::ConsumerView;
+pub use presence::{Counts, Ours, Presence};
 pub use topology::{Names, Topology};
 
 use crate::protocol::wire::Message;
@@ -61,6 +64,16 @@ pub trait Broker: Send + Sync + 'static {
     /// When the broker cannot be asked.
     async fn depth(&self, queue: &str) -> Result<Option<Depth>, BrokerError>;
 
+    /// The same as a consumer asks it every few seconds, at next to no cost and on the connection that consumes;
+    /// `closely` wants to know who consumes, too, where the broker can be asked for it.
+    ///
+    /// # Errors
+    /// When the broker cannot be asked.
+    async fn look(&self, queue: &str, closely: bool) -> Result<Option<View>, BrokerError> {
+        let _ = closely;
+        Ok(self.depth(queue).await?.map(|depth| View { depth, consumers: None }))
+    }
+
     /// The version that the broker told when it was connected to, if it told one.
     fn server_version(&self) -> Option<String> {
         None
@@ -99,7 +112,17 @@ pub struct Consume {
     pub declare: Topology,
 }
 
-/// Messages ready and consumers of a queue.
+/// A queue as the broker sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// How much waits, and how many consume.
+    pub depth: Depth,
+    /// Who consumes, where that was asked for and the broker told.
+    pub consumers: Option<Vec<ConsumerView>>,
+}
+
+/// Messages ready and consumers of a queue. Where only one consumer is active at a time, those that stand in line are not
+/// counted; and a broker that is too busy to count says that there are none of either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Depth {
     /// Messages ready.
@@ -289,21 +312,42 @@ impl fmt::Debug for Delivery {
     }
 }
 
+/// How a consumer is to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stop {
+    /// Not at all.
+    #[default]
+    No,
+    /// It takes no more, and what was not handed out is given back at once.
+    GiveBack,
+    /// It takes no more, and whatever is not settled goes back, in its order, once the last delivery in hand is settled
+    /// or dropped: a broker puts what is given back one by one where it likes.
+    KeepOrder,
+    /// At once, with everything that is not settled: whoever is next in line gets it in its order.
+    LetGo,
+}
+
 /// A running consumer: the receiving end of a session loop that the backend keeps alive.
 ///
 /// Dropping it ends the session: what was not handed out is delivered again, to whoever consumes next. Deliveries in
 /// hand can still be settled; the channel closes once the last of them is settled or dropped.
 pub struct Consumer {
     inbox: Arc<Inbox>,
-    stop: watch::Sender<bool>,
+    presence: Arc<Presence>,
+    stop: watch::Sender<Stop>,
     health: watch::Receiver<Health>,
 }
 
 impl Consumer {
     /// Ties the ends together; for backends.
     #[must_use]
-    pub fn new(inbox: Arc<Inbox>, stop: watch::Sender<bool>, health: watch::Receiver<Health>) -> Self {
-        Self { inbox, stop, health }
+    pub fn new(
+        inbox: Arc<Inbox>,
+        presence: Arc<Presence>,
+        stop: watch::Sender<Stop>,
+        health: watch::Receiver<Health>,
+    ) -> Self {
+        Self { inbox, presence, stop, health }
     }
 
     /// The next delivery; `None` once [`Consumer::stop`] took effect. Nothing is lost if the future is dropped.
@@ -314,13 +358,24 @@ impl Consumer {
     /// Takes no more: the consumer is cancelled, what was not handed out yet is given back; deliveries in hand can
     /// still be settled.
     pub fn stop(&self) {
-        self.stop.send_replace(true);
+        self.end(Stop::GiveBack);
+    }
+
+    /// Takes no more, in one of several ways.
+    pub fn end(&self, how: Stop) {
+        self.stop.send_replace(how);
     }
 
     /// How the consuming side is.
     #[must_use]
     pub fn health(&self) -> watch::Receiver<Health> {
         self.health.clone()
+    }
+
+    /// What our side knows of it, to be compared with what the broker says.
+    #[must_use]
+    pub fn presence(&self) -> Arc<Presence> {
+        Arc::clone(&self.presence)
     }
 }
 

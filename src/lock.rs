@@ -1,5 +1,7 @@
 //! One agent a storage directory: a lock file that the kernel gives up when its holder dies.
 
+pub mod door;
+
 use std::{
     fs::{self, File},
     io::{self, Write as _},

@@ -10,30 +10,37 @@ mod caution;
 mod consume;
 mod control;
 mod copies;
+mod enrol;
+mod error;
+mod hand_over;
 mod history;
 mod line;
 mod poison;
+mod readiness;
 mod reporter;
 mod settings;
 mod settle;
 mod step;
 mod turns;
 mod upkeep;
+mod watch;
 
 use std::{
     panic::AssertUnwindSafe,
     sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use futures_util::FutureExt as _;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, watch::Sender};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use consume::Readiness;
+pub use enrol::Ahead;
+pub use error::WorkerError;
+pub use readiness::Readiness;
 pub use settings::{Clock, WorkerSettings};
 pub use step::{Observe, Step, Unobserved};
 
@@ -46,17 +53,19 @@ use crate::{
         Origin, Outcome,
         wire::{CopyHeaders, Undecodable},
     },
-    store::{Journal, JournalError},
+    store::Journal,
 };
 use active::{Active, Entered};
 use arrival::Arrival;
 use attempt::{Admitted, Ending, Standing};
 use caution::Caution;
+use error::Interrupted;
 use history::Histories;
 use line::Lines;
 use poison::Trial;
 use reporter::Reporter;
 use turns::{Queued, Turn, Turns};
+use watch::Verdict;
 
 /// How long a delivery may take to be settled: a connection that breaks at that moment may never tell.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -106,49 +115,22 @@ pub struct Worker {
     owing: AtomicUsize,
     /// Something that the consuming loop waits for has changed.
     changed: Notify,
-    paused: watch::Sender<bool>,
+    paused: Sender<bool>,
     /// The journal cannot be written.
-    trouble: watch::Sender<bool>,
+    trouble: Sender<bool>,
     /// One delivery at a time, after unclean starts.
     caution: Caution,
-    readiness: watch::Sender<Readiness>,
-}
-
-/// Why a role ended otherwise than by being asked to.
-#[derive(Debug, thiserror::Error)]
-pub enum WorkerError {
-    /// The broker could not be used.
-    #[error(transparent)]
-    Broker(#[from] crate::broker::BrokerError),
-    /// The journal could not be used.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// Somebody else consumes our queue.
-    #[error(
-        "another consumer is on queue {queue:?}: an agent of the same name runs elsewhere; stop it, rename this node, \
-         or take the queue with --force"
-    )]
-    Occupied {
-        /// The queue.
-        queue: String,
-    },
-    /// What the queue needs is missing and we may not make it.
-    #[error("the broker has no {missing}: run `haul topology apply` as a user who may, then start again")]
-    Topology {
-        /// What is missing.
-        missing: String,
-    },
-}
-
-/// Why a message's path ended early; its deliveries go back to the broker.
-#[derive(Debug)]
-enum Interrupted {
-    /// The worker stops.
-    Stopping,
-    /// The journal cannot be written.
-    Journal(JournalError),
-    /// A step broke down.
-    Broken,
+    readiness: Sender<Readiness>,
+    /// What the broker says of our consumer, compared with what we know.
+    verdict: Sender<Verdict>,
+    /// A successor waits for our storage: nothing more is begun.
+    leaving: Sender<bool>,
+    /// Nothing runs any more, and the successor is next in line for the queue.
+    left: AtomicBool,
+    /// Tasks in hand that wait for their turn.
+    parked: AtomicUsize,
+    /// Who asked for a drain, to be told when it is done.
+    drains: Mutex<Vec<Option<String>>>,
 }
 
 /// How a message's path was gone to its end.
@@ -158,15 +140,6 @@ enum Through {
     Ended,
     /// A copy with a higher attempt was let go before it came.
     Overtaken,
-}
-
-impl From<JournalError> for Interrupted {
-    fn from(error: JournalError) -> Self {
-        match error {
-            JournalError::Broken => Self::Broken,
-            error => Self::Journal(error),
-        }
-    }
 }
 
 impl Worker {
@@ -197,10 +170,15 @@ impl Worker {
             histories,
             owing: AtomicUsize::new(0),
             changed: Notify::new(),
-            paused: watch::Sender::new(false),
-            trouble: watch::Sender::new(false),
+            paused: Sender::new(false),
+            trouble: Sender::new(false),
             caution: Caution::new(),
-            readiness: watch::Sender::new(Readiness::default()),
+            readiness: Sender::new(Readiness::default()),
+            verdict: Sender::new(Verdict::Well),
+            leaving: Sender::new(false),
+            left: AtomicBool::new(false),
+            parked: AtomicUsize::new(0),
+            drains: Mutex::default(),
         })
     }
 
@@ -355,9 +333,15 @@ impl Worker {
                 }
             }
         }
+        let ending = self.soft.is_cancelled() || self.hard.is_cancelled();
         for delivery in self.active.leave(&arrival.key) {
-            // A delivery whose channel is gone is back at the broker already.
-            settled(delivery.requeue()).await;
+            if ending {
+                // It goes back with its channel, in its order with all the others.
+                delivery.abandon();
+            } else {
+                // A delivery whose channel is gone is back at the broker already.
+                settled(delivery.requeue()).await;
+            }
         }
     }
 

@@ -8,8 +8,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use haul::{
     broker::{
-        Broker, BrokerError, Consume, Consumer, Delivery, Health, Names, Outgoing, PublishError, StaleDelivery,
-        Topology,
+        Broker, BrokerError, Consume, Consumer, Delivery, Depth, Health, Names, Outgoing, PublishError, StaleDelivery,
+        Stop, Topology,
         memory::Memory,
         topology::{Binding, Exchange, ExchangeKind, Lifetime, Queue},
     },
@@ -137,6 +137,11 @@ conformance! {
     a_stopped_consumer_can_settle_what_it_took_and_gives_back_the_rest,
     no_more_than_the_prefetch_window_is_out,
     a_single_active_consumer_hands_over,
+    a_look_counts_who_is_served_and_not_who_stands_in_line,
+    a_consumer_knows_how_much_of_its_window_is_used,
+    a_consumer_that_is_made_anew_loses_nothing,
+    what_a_consumer_holds_as_it_ends_goes_back_in_its_order,
+    what_a_consumer_lets_go_comes_to_the_next_in_line_in_its_order,
     a_retry_queue_returns_a_message_with_its_routing_key,
     an_alternate_exchange_catches_what_no_queue_takes,
     a_rejected_delivery_is_dead_lettered_to_a_fanout,
@@ -292,6 +297,112 @@ async fn a_single_active_consumer_hands_over(fixture: Fixture) {
     let taken = next(&mut second).await;
     taken.ack().await.unwrap();
     next(&mut second).await.ack().await.unwrap();
+}
+
+async fn a_look_counts_who_is_served_and_not_who_stands_in_line(fixture: Fixture) {
+    let topology = fixture.topology(&[("x-single-active-consumer", HeaderValue::Bool(true))]);
+    fixture.broker.declare(&topology).await.unwrap();
+    let queue = fixture.name("queue");
+    let look = async || fixture.broker.look(&queue, false).await.unwrap().unwrap().depth;
+    assert_eq!(look().await, Depth { messages: 0, consumers: 0 });
+    fixture.publish("one").await;
+    fixture.ready("queue", 1).await;
+    assert_eq!(look().await, Depth { messages: 1, consumers: 0 });
+    let first = fixture.consumer(10).await;
+    assert_eq!(first.presence().now().before, 0);
+    let second = consumer(&*fixture.other, &queue, 1).await;
+    assert!(second.presence().now().stands_in_line(), "{:?}", second.presence().now());
+    assert_eq!(look().await, Depth { messages: 0, consumers: 1 });
+    assert_eq!(fixture.broker.look(&fixture.name("no-queue"), false).await.unwrap(), None);
+    assert_eq!(look().await.consumers, 1);
+    drop((first, second));
+    eventually("nobody consumes", async || look().await.consumers == 0).await;
+}
+
+async fn a_consumer_knows_how_much_of_its_window_is_used(fixture: Fixture) {
+    fixture.declared().await;
+    let mut consumer = fixture.consumer(10).await;
+    let presence = consumer.presence();
+    assert_eq!((presence.now().arrived, presence.now().unsettled), (0, 0));
+    for id in ["one", "two", "three"] {
+        fixture.publish(id).await;
+    }
+    let (one, two) = (next(&mut consumer).await, next(&mut consumer).await);
+    eventually("all have come", async || presence.now().arrived == 3).await;
+    assert_eq!(presence.now().unsettled, 3);
+    one.ack().await.unwrap();
+    two.ack().await.unwrap();
+    next(&mut consumer).await.ack().await.unwrap();
+    assert_eq!((presence.now().arrived, presence.now().unsettled), (3, 0));
+}
+
+async fn what_a_consumer_holds_as_it_ends_goes_back_in_its_order(fixture: Fixture) {
+    fixture.declared().await;
+    for n in 0..6 {
+        fixture.publish(&format!("m-{n}")).await;
+    }
+    let mut first = fixture.consumer(10).await;
+    let (running, waiting) = (next(&mut first).await, next(&mut first).await);
+    eventually("all have come", async || first.presence().now().arrived == 6).await;
+    first.end(Stop::KeepOrder);
+    while let Some(delivery) = soon("the end", first.next()).await {
+        delivery.abandon();
+    }
+    drop(first);
+    waiting.abandon();
+    running.ack().await.unwrap();
+    let mut second = fixture.consumer(10).await;
+    for n in 1..6 {
+        let delivery = next(&mut second).await;
+        assert_eq!(id(&delivery), format!("m-{n}"));
+        delivery.ack().await.unwrap();
+    }
+}
+
+async fn what_a_consumer_lets_go_comes_to_the_next_in_line_in_its_order(fixture: Fixture) {
+    let topology = fixture.topology(&[("x-single-active-consumer", HeaderValue::Bool(true))]);
+    fixture.broker.declare(&topology).await.unwrap();
+    for n in 0..8 {
+        fixture.publish(&format!("m-{n}")).await;
+    }
+    let mut first = fixture.consumer(4).await;
+    let held = [next(&mut first).await, next(&mut first).await];
+    let mut second = consumer(&*fixture.other, &fixture.name("queue"), 20).await;
+    first.end(Stop::LetGo);
+    for n in 0..8 {
+        let delivery = next(&mut second).await;
+        assert_eq!(id(&delivery), format!("m-{n}"));
+        delivery.ack().await.unwrap();
+    }
+    for delivery in held {
+        assert_eq!(delivery.requeue().await, Err(StaleDelivery));
+    }
+}
+
+async fn a_consumer_that_is_made_anew_loses_nothing(fixture: Fixture) {
+    fixture.declared().await;
+    let mut consumer = fixture.consumer(10).await;
+    let presence = consumer.presence();
+    let first = presence.now().tag.unwrap();
+    fixture.publish("one").await;
+    let held = next(&mut consumer).await;
+    presence.rebuild();
+    let again = next(&mut consumer).await;
+    assert!(again.redelivered && id(&again) == "one");
+    assert_eq!(held.ack().await, Err(StaleDelivery));
+    again.ack().await.unwrap();
+    assert_ne!(presence.now().tag.unwrap(), first);
+    fixture.publish("two").await;
+    next(&mut consumer).await.ack().await.unwrap();
+    // An idle one leaves nothing behind that the next would stand in line for.
+    presence.rebuild();
+    let second = presence.now();
+    eventually("a third session", async || {
+        let now = presence.now();
+        now.tag.is_some() && now.tag != second.tag
+    })
+    .await;
+    assert_eq!(presence.now().before, 0);
 }
 
 async fn a_retry_queue_returns_a_message_with_its_routing_key(fixture: Fixture) {

@@ -112,17 +112,33 @@ async fn tasks_are_cancelled_wherever_they_are() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_is_paused_resumed_and_drained() {
     let mut agent = started().await;
-    haul(&agent, "pause --node n1").is(0, "pause paused");
+    haul(&agent, "pause n1 --wait")
+        .is(0, "pause paused")
+        .is(0, "0 running, 0 waiting, not ready, paused (it is paused");
     haul(&agent, "inspect --node n1").is(0, ", paused");
+    assert_eq!(haul(&agent, "inspect n1 --json").is(0, "").json()[0]["ready"], false);
+    haul(&agent, "inspect n1 --wait --timeout 1s").is(6, "n1 heard the inspect, which had not taken effect within 1s");
     haul(&agent, "submit status --node n1 --project-id 1 --wait --timeout 1s")
         .is(6, "haul events --task")
         .is(6, "the node's agent is paused and takes no tasks; run haul resume --node n1");
-    haul(&agent, "resume --node n1").is(0, "resume resumed");
+    haul(&agent, "resume n1 --wait").is(0, "resume resumed").is(0, "0 running, 0 waiting, ready");
     assert_eq!(haul(&agent, "inspect --node n1 --json").is(0, "").json()[0]["paused"], false);
-    haul(&agent, "drain --node n1").is(0, "drain draining");
+    let mut other = agent.neighbour("n3");
+    other.start(&[]);
+    other.ready().await;
+    let both = haul(&agent, "inspect n1 n3 --json").is(0, "").json();
+    assert_eq!(both.len(), 2, "{both:?}");
+    let drained = haul(&agent, "drain n1 --wait --json").is(0, "").json();
+    let answers: Vec<_> = drained.iter().map(|answer| answer["answer"].as_str().unwrap()).collect();
+    assert_eq!(answers, ["draining", "drained"]);
     assert!(agent.ended().await.success(), "{}", agent.log());
     haul(&agent, "inspect --node n1 --timeout 1s").is(6, "n1 did not answer within 1s");
+    // One that is away, or not enrolled, keeps nobody from the others.
+    let three = haul(&agent, "inspect n1 n2 n3 --timeout 1s");
+    three.is(6, "n3 inspect state").is(6, "n1 did not answer within 1s").is(6, "node n2 is not enrolled");
+    haul(&agent, "drain n1 --timeout 1s").is(6, "the command is forgotten");
     haul(&agent, "inspect --node n2").is(4, "node n2 is not enrolled");
+    haul(&agent, "inspect").is(2, "required");
 }
 
 #[tokio::test(flavor = "multi_thread")]

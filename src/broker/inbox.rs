@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::{Notify, watch};
 
-use super::Delivery;
+use super::{Delivery, Stop};
 
 /// Between a backend's session and its [`Consumer`](super::Consumer): the session can take back what was not handed
 /// out. The prefetch window bounds it.
@@ -80,9 +80,9 @@ impl Inbox {
 }
 
 /// Returns when a consumer was stopped or dropped.
-pub(super) async fn stopped(stop: &mut watch::Receiver<bool>) {
+pub(super) async fn stopped(stop: &mut watch::Receiver<Stop>) {
     // An error means that the consumer is gone, which asks for the same.
-    let _ = stop.wait_for(|&stop| stop).await;
+    let _ = stop.wait_for(|stop| *stop != Stop::No).await;
 }
 
 impl Drop for Inbox {

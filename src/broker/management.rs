@@ -166,6 +166,17 @@ impl Management {
         Ok(self.call("GET", path, None).await?.and_then(|value| serde_json::from_value(value).ok()))
     }
 
+    /// Who consumes a queue; nothing where there is none, or where the statistics do not know it yet.
+    ///
+    /// # Errors
+    /// When the API cannot be reached or refuses.
+    pub async fn consumers(&self, queue: &str) -> Result<Option<Vec<ConsumerView>>, BrokerError> {
+        let path = format!("queues/{}/{}?columns=consumer_details", encoded(&self.vhost), encoded(queue));
+        let told = self.call("GET", path, None).await?;
+        let details = told.as_ref().and_then(|told| told.get("consumer_details")).and_then(Value::as_array);
+        Ok(details.map(|details| details.iter().map(ConsumerView::read).collect()))
+    }
+
     /// Sets a policy, replacing one of its name.
     ///
     /// # Errors

@@ -2,8 +2,10 @@
 //!
 //! It keeps tokio's time, so a test that pauses the clock lets an hour of retries pass at once. Clones share one
 //! broker. What goes wrong with a real broker can be made to go wrong here: [`Memory::cut`],
-//! [`Memory::delete_queue`], [`Memory::set_limit`], [`Memory::refuse_publishes`], [`Memory::lose_confirm_once`].
+//! [`Memory::delete_queue`], [`Memory::set_limit`], [`Memory::refuse_publishes`], [`Memory::lose_confirm_once`],
+//! [`Memory::drop_consumers`], [`Memory::serve_consumers`].
 
+mod faults;
 mod queue;
 mod session;
 mod state;
@@ -26,8 +28,8 @@ use self::{
     state::{Alarm, State},
 };
 use super::{
-    Broker, BrokerError, Browse, Consume, Consumer, Delivery, Depth, Health, Inbox, Outgoing, PublishError, Settlement,
-    StaleDelivery, Topology, inbox::stopped,
+    Broker, BrokerError, Browse, Consume, Consumer, Delivery, Depth, Health, Inbox, Outgoing, Presence, PublishError,
+    Settlement, StaleDelivery, Stop, Topology, View, inbox::stopped,
 };
 use crate::protocol::wire::Message;
 
@@ -64,41 +66,6 @@ impl Memory {
         }))
     }
 
-    /// Breaks all connections: what is unsettled is delivered again, and consumers come back a moment later.
-    pub fn cut(&self) {
-        let mut state = self.0.lock();
-        let lost: Vec<_> = state.queues.values_mut().flat_map(|queue| queue.consumers.drain(..)).collect();
-        state.end_sessions();
-        drop(state);
-        self.end(lost);
-    }
-
-    /// Deletes a queue with what is in it; its consumers are cancelled.
-    pub fn delete_queue(&self, name: &str) {
-        let mut state = self.0.lock();
-        state.bindings.retain(|binding| binding.queue != name);
-        let gone = state.queues.remove(name);
-        drop(state);
-        self.end(gone.map(|queue| queue.consumers).unwrap_or_default());
-    }
-
-    /// Makes a queue refuse messages while it holds `limit` of them; `None` lifts it.
-    pub fn set_limit(&self, queue: &str, limit: impl Into<Option<usize>>) {
-        if let Some(queue) = self.0.lock().queues.get_mut(queue) {
-            queue.limit = limit.into();
-        }
-    }
-
-    /// Refuses every publish, or none any more.
-    pub fn refuse_publishes(&self, refuse: bool) {
-        self.0.lock().refusing = refuse;
-    }
-
-    /// Takes the next message but loses its confirm, as if the connection broke in between.
-    pub fn lose_confirm_once(&self) {
-        self.0.lock().losing = true;
-    }
-
     /// What is ready in a queue, in its order.
     #[must_use]
     pub fn messages(&self, queue: &str) -> Vec<Message> {
@@ -111,16 +78,6 @@ impl Memory {
     #[must_use]
     pub fn published(&self) -> Vec<Outgoing> {
         self.0.lock().published.clone()
-    }
-
-    /// Ends sessions; not under the lock, since each gives back what it holds.
-    fn end(&self, lost: Vec<Attached>) {
-        for attached in &lost {
-            attached.hold.end();
-            attached.inbox.forget_stale();
-        }
-        drop(lost);
-        self.0.ended.notify_waiters();
     }
 }
 
@@ -141,6 +98,7 @@ impl Shared {
                     break;
                 };
                 if let Some(entry) = queue.take(number, hold.id()) {
+                    hold.counts().arrived();
                     inbox.put(deliver(entry, number, hold));
                 }
             }
@@ -193,7 +151,7 @@ impl Shared {
         Self::pump(&mut state, [queue.to_owned()]);
     }
 
-    fn attach(&self, consume: &Consume, inbox: &Arc<Inbox>) -> Result<Arc<Hold>, BrokerError> {
+    fn attach(&self, consume: &Consume, inbox: &Arc<Inbox>, presence: &Presence) -> Result<Arc<Hold>, BrokerError> {
         let me = self.me.upgrade().ok_or_else(|| no_queue(&consume.queue))?;
         let mut state = self.lock();
         state.declare(&consume.declare)?;
@@ -202,20 +160,32 @@ impl Shared {
             drop(state);
             return Err(no_queue(&consume.queue));
         };
-        let attached = Attached { hold: Arc::clone(&hold), inbox: Arc::clone(inbox), prefetch: consume.prefetch };
+        let attached = Attached {
+            hold: Arc::clone(&hold),
+            inbox: Arc::clone(inbox),
+            prefetch: consume.prefetch,
+            tag: format!("{}-{}", consume.tag, hold.id()),
+            deaf: false,
+        };
+        presence.begin(&attached.tag, queue.counted(), hold.counts());
         queue.consumers.push(attached);
+        state.tally.entry(consume.queue.clone()).or_default().sessions += 1;
         Self::pump(&mut state, [consume.queue.clone()]);
         Ok(hold)
     }
 
-    /// Takes a consumer off its queue; what it holds is returned to be let go outside of the lock.
-    fn detach(&self, hold: &Hold) -> Vec<Attached> {
+    /// Takes a consumer off its queue, which has back what it holds before the next one is served if `give_back`; what is
+    /// left of it is returned to be let go outside of the lock.
+    fn detach(&self, hold: &Hold, give_back: bool) -> Vec<Attached> {
         let mut state = self.lock();
         let mut gone = Vec::new();
         for queue in state.queues.values_mut() {
             let (out, rest) = queue.consumers.drain(..).partition(|consumer| consumer.hold.id() == hold.id());
             gone.extend::<Vec<_>>(out);
             queue.consumers = rest;
+            if give_back {
+                queue.give_back_all(hold.id());
+            }
         }
         state.end_sessions();
         let queues: Vec<_> = state.queues.keys().cloned().collect();
@@ -241,11 +211,13 @@ async fn sessions(
     broker: Weak<Shared>,
     consume: Consume,
     inbox: Arc<Inbox>,
-    mut stop: watch::Receiver<bool>,
+    presence: Arc<Presence>,
+    mut stop: watch::Receiver<Stop>,
     health: watch::Sender<Health>,
     mut hold: Arc<Hold>,
 ) {
     loop {
+        let mut rebuilds = presence.rebuilds();
         // Who follows takes a change to what was before for a loss and a return.
         health.send_if_modified(|old| std::mem::replace(old, Health::Up) != Health::Up);
         loop {
@@ -258,17 +230,34 @@ async fn sessions(
             }
             tokio::select! {
                 () = stopped(&mut stop) => {
-                    drop(shared.detach(&hold));
-                    for delivery in inbox.drain() {
-                        // It was taken back from under us: then it is in its queue already.
-                        let _ = delivery.requeue().await;
+                    let how = *stop.borrow();
+                    drop(shared.detach(&hold, how == Stop::LetGo));
+                    presence.end();
+                    match how {
+                        Stop::No | Stop::GiveBack => for delivery in inbox.drain() {
+                            // It was taken back from under us: then it is in its queue already.
+                            let _ = delivery.requeue().await;
+                        },
+                        Stop::KeepOrder => inbox.close(),
+                        Stop::LetGo => {
+                            hold.end();
+                            inbox.close();
+                        }
                     }
                     health.send_replace(Health::Down);
                     return;
                 }
+                () = rebuilds.asked() => {
+                    let gone = shared.detach(&hold, false);
+                    hold.end();
+                    inbox.forget_stale();
+                    drop(gone);
+                    break;
+                }
                 () = ended => {}
             }
         }
+        presence.end();
         health.send_replace(Health::Down);
         hold = loop {
             tokio::select! {
@@ -276,7 +265,7 @@ async fn sessions(
                 () = tokio::time::sleep(RECONNECT) => {}
             }
             let Some(shared) = broker.upgrade() else { return inbox.close() };
-            if let Ok(hold) = shared.attach(&consume, &inbox) {
+            if let Ok(hold) = shared.attach(&consume, &inbox, &presence) {
                 break hold;
             }
         };
@@ -296,12 +285,13 @@ impl Broker for Memory {
     }
 
     async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError> {
-        let inbox = Arc::new(Inbox::default());
-        let hold = self.0.attach(&consume, &inbox)?;
-        let (stop, stopped) = watch::channel(false);
+        let (inbox, presence) = (Arc::new(Inbox::default()), Arc::new(Presence::default()));
+        let hold = self.0.attach(&consume, &inbox, &presence)?;
+        let (stop, stopped) = watch::channel(Stop::No);
         let (health_out, health) = watch::channel(Health::Up);
-        tokio::spawn(sessions(Arc::downgrade(&self.0), consume, Arc::clone(&inbox), stopped, health_out, hold));
-        Ok(Consumer::new(inbox, stop, health))
+        let broker = Arc::downgrade(&self.0);
+        tokio::spawn(sessions(broker, consume, inbox.clone(), presence.clone(), stopped, health_out, hold));
+        Ok(Consumer::new(inbox, presence, stop, health))
     }
 
     async fn browse(&self, queue: &str) -> Result<Box<dyn Browse>, BrokerError> {
@@ -331,8 +321,16 @@ impl Broker for Memory {
         let state = self.0.lock();
         Ok(state.queues.get(queue).map(|queue| Depth {
             messages: u32::try_from(queue.ready.len()).unwrap_or(u32::MAX),
-            consumers: u32::try_from(queue.consumers.len()).unwrap_or(u32::MAX),
+            consumers: queue.counted(),
         }))
+    }
+
+    async fn look(&self, queue: &str, closely: bool) -> Result<Option<View>, BrokerError> {
+        let Some(depth) = self.depth(queue).await? else { return Ok(None) };
+        let mut state = self.0.lock();
+        state.tally.entry(queue.to_owned()).or_default().looks += 1;
+        let consumers = state.queues.get(queue).filter(|_| closely && state.telling).map(|home| home.seen(queue));
+        Ok(Some(View { depth, consumers }))
     }
 
     fn health(&self) -> watch::Receiver<Health> {

@@ -14,6 +14,7 @@ mod dial;
 mod inbound;
 mod lane;
 mod link;
+mod looks;
 mod news;
 mod session;
 mod silence;
@@ -33,11 +34,12 @@ use self::{
     dial::Target,
     lane::{Lane, Request},
     link::{Line, Link, Source, State},
+    looks::Looks,
     session::Sessions,
 };
 use super::{
-    Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Inbox, Outgoing, PublishError, Topology,
-    settings::BrokerSettings,
+    Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Inbox, Outgoing, Presence, PublishError, Stop,
+    Topology, View, management::Management, settings::BrokerSettings,
 };
 use crate::protocol::wire::{HeaderValue, Headers};
 
@@ -48,6 +50,8 @@ const LANES: usize = 4;
 const LANE_QUEUE: usize = 1024;
 /// For the broker's answer to a question.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// For the broker's answer to a look, which is repeated anyway.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A broker reached over AMQP 0-9-1. Connects when first used.
 pub struct RabbitMq {
@@ -57,6 +61,7 @@ pub struct RabbitMq {
     confirm_timeout: Duration,
     publisher: OnceLock<Publisher>,
     consuming: OnceLock<Link>,
+    looks: Looks,
     health: watch::Sender<Health>,
 }
 
@@ -92,7 +97,9 @@ impl RabbitMq {
     /// When the settings cannot be used.
     #[expect(clippy::unused_async, reason = "it needs a running runtime, which a caller's await proves")]
     pub async fn connect(settings: &BrokerSettings, app: &str) -> Result<Self, BrokerError> {
+        let management = settings.management_url.is_some().then(|| Management::new(settings)).transpose()?;
         Ok(Self {
+            looks: Looks::new(management),
             targets: Arc::new(Target::all(settings, app)?),
             first: Arc::default(),
             confirm_timeout: settings.confirm_timeout,
@@ -192,9 +199,13 @@ impl RabbitMq {
             if !line.blocked() {
                 line.give_up(&format!("it answered no question for {ANSWER_TIMEOUT:?}"));
             }
-            let address = self.targets[0].address.to_string();
-            Err(BrokerError::Unreachable { address, reason: "no answer in time".to_owned() })
+            Err(self.silent())
         })
+    }
+
+    fn silent(&self) -> BrokerError {
+        let address = self.targets[0].address.to_string();
+        BrokerError::Unreachable { address, reason: "no answer in time".to_owned() }
     }
 }
 
@@ -255,19 +266,20 @@ impl Broker for RabbitMq {
     }
 
     async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError> {
-        let inbox = Arc::new(Inbox::default());
-        let (stop, stopped) = watch::channel(false);
+        let (inbox, presence) = (Arc::new(Inbox::default()), Arc::new(Presence::default()));
+        let (stop, stopped) = watch::channel(Stop::No);
         let (health_out, health) = watch::channel(Health::Down);
         let (first, opened) = oneshot::channel();
         let sessions = Sessions {
             consume,
             link: self.consuming().state(),
             inbox: Arc::clone(&inbox),
+            presence: Arc::clone(&presence),
             stop: stopped,
             health: health_out,
         };
         tokio::spawn(sessions.run(first));
-        let consumer = Consumer::new(inbox, stop, health);
+        let consumer = Consumer::new(inbox, presence, stop, health);
         match opened.await {
             Ok(Ok(())) => Ok(consumer),
             Ok(Err(error)) => Err(error),
@@ -310,6 +322,17 @@ impl Broker for RabbitMq {
 
     async fn depth(&self, queue: &str) -> Result<Option<Depth>, BrokerError> {
         self.ask(async |line| declare::depth(line, queue).await).await
+    }
+
+    async fn look(&self, queue: &str, closely: bool) -> Result<Option<View>, BrokerError> {
+        let looking = async {
+            let line = self.consuming().now().await?;
+            self.looks.depth(&line, queue).await
+        };
+        let seen = tokio::time::timeout(LOOK_TIMEOUT, looking).await.unwrap_or_else(|_| Err(self.silent()))?;
+        let Some(depth) = seen else { return Ok(None) };
+        let consumers = if closely { self.looks.consumers(queue).await } else { None };
+        Ok(Some(View { depth, consumers }))
     }
 
     fn health(&self) -> watch::Receiver<Health> {

@@ -23,8 +23,8 @@ pub struct BrokerSettings {
     pub cert_file: Option<PathBuf>,
     /// PEM file with the client certificate's key.
     pub key_file: Option<PathBuf>,
-    /// Address of the management API for `haul topology doctor`, e.g. `http://host:15672`; the user and password are
-    /// those of the first entry of `urls` unless it has its own.
+    /// Address of the management API for `haul topology doctor` and for the agent's look at who consumes its queue, e.g.
+    /// `http://host:15672`; the user and password are those of the first entry of `urls` unless it has its own.
     pub management_url: Option<SecretString>,
     /// The broker's `consumer_timeout` where the management API cannot tell it.
     #[serde(with = "humantime_serde")]

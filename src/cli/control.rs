@@ -1,5 +1,7 @@
 //! `haul cancel`, `pause`, `resume`, `drain`, `inspect`: control messages and their answers.
 
+mod nodes;
+
 use std::{sync::Arc, time::Duration};
 
 use clap::Args;
@@ -28,22 +30,39 @@ the task: code 0 if it was cancelled, 4 if it ended otherwise.";
 
 const NODE_EXAMPLES: &str = "\
 Examples:
-  haul inspect --node worker-001
-  haul pause --node worker-001 --json
+  haul inspect worker-001
+  haul pause worker-001 worker-002 --wait     # until nothing runs there any more
+  haul drain worker-001 --wait                # until its agent has ended
+  haul inspect worker-001 --wait              # until it is ready; the same for resume
 
-The command waits in the node's queue if its agent is away; then this ends with code 6 after --timeout.";
+The answer is also an event, <node>.control.<answer>, so `haul events` shows it. The command waits in the node's queue if \
+its agent is away, but for a drain, which is forgotten. Who does not answer within --timeout is named, and the code is 6; \
+it is 4 where a node is not enrolled or its agent refuses.";
 
-/// Arguments of the commands for a node.
+/// How long an agent may take to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long what was asked for may take, where it is waited for.
+const EFFECT: Duration = Duration::from_mins(5);
+/// Between questions whether it has come.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Arguments of the commands for nodes.
 #[derive(Debug, Args)]
 #[command(after_help = NODE_EXAMPLES)]
 pub(super) struct NodeArgs {
-    /// The node.
+    /// The nodes.
+    #[arg(value_name = "NODE", required_unless_present = "node")]
+    nodes: Vec<NodeName>,
+    /// The same; may be repeated.
+    #[arg(long, value_name = "NODE")]
+    node: Vec<NodeName>,
+    /// Wait until it has taken effect, not only until it was heard.
     #[arg(long)]
-    node: NodeName,
-    /// How long to wait for the agent's answer.
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = wait::duration)]
-    timeout: Duration,
-    /// Print the answer as JSON.
+    wait: bool,
+    /// How long to wait [default: 10s, with --wait 5m]
+    #[arg(long, value_name = "DURATION", value_parser = wait::duration)]
+    timeout: Option<Duration>,
+    /// Print each answer as JSON, one a line.
     #[arg(long)]
     json: bool,
 }
@@ -69,31 +88,19 @@ pub(super) struct CancelArgs {
 }
 
 pub(super) async fn pause(config: Config, args: NodeArgs) -> Result<u8, CliError> {
-    tell(config, ControlCommand::Pause, args).await
+    nodes::tell(config, ControlCommand::Pause, args).await
 }
 
 pub(super) async fn resume(config: Config, args: NodeArgs) -> Result<u8, CliError> {
-    tell(config, ControlCommand::Resume, args).await
+    nodes::tell(config, ControlCommand::Resume, args).await
 }
 
 pub(super) async fn drain(config: Config, args: NodeArgs) -> Result<u8, CliError> {
-    tell(config, ControlCommand::Drain, args).await
+    nodes::tell(config, ControlCommand::Drain, args).await
 }
 
 pub(super) async fn inspect(config: Config, args: NodeArgs) -> Result<u8, CliError> {
-    tell(config, ControlCommand::Inspect, args).await
-}
-
-async fn tell(config: Config, command: ControlCommand, args: NodeArgs) -> Result<u8, CliError> {
-    let broker = connect(&config).await?;
-    let line = Line { broker: Arc::clone(&broker), config: &config, node: &args.node };
-    let pattern = format!("{}.control.*", args.node);
-    let mut following = Following::start(&broker, &config.names(), &[pattern]).await?;
-    let message = message(command, None);
-    line.send(&message).await?;
-    let answer = line.answer(&mut following, &message, args.timeout).await;
-    broker.close().await;
-    report(&answer?, args.json)
+    nodes::tell(config, ControlCommand::Inspect, args).await
 }
 
 pub(super) async fn cancel(config: Config, args: CancelArgs) -> Result<u8, CliError> {
@@ -142,10 +149,15 @@ struct Line<'a> {
 
 impl Line<'_> {
     async fn send(&self, control: &ControlMessage) -> Result<(), CliError> {
+        let mut message = Message::control(control, Timestamp::now());
+        if control.command == ControlCommand::Drain {
+            // An agent that starts tomorrow is not meant.
+            message.expiration_ms = u64::try_from(ANSWER.as_millis()).ok();
+        }
         let outgoing = Outgoing {
             exchange: self.config.names().control(),
             routing_key: self.node.to_string(),
-            message: Message::control(control, Timestamp::now()),
+            message,
             mandatory: true,
         };
         self.broker.publish(outgoing).await.map_err(|error| match error {

@@ -60,6 +60,9 @@ pub(super) enum CliError {
         /// The process.
         holder: String,
     },
+    /// The running agent does not make room.
+    #[error("{0}")]
+    TakeOver(String),
     /// The storage directory cannot be used.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -83,7 +86,7 @@ impl CliError {
                 exit::TASK
             }
             Self::TimedOut(_) => exit::TIMED_OUT,
-            Self::Lock(LockError::Held { .. }) | Self::AgentRuns { .. } => exit::LOCKED,
+            Self::Lock(LockError::Held { .. }) | Self::AgentRuns { .. } | Self::TakeOver(_) => exit::LOCKED,
             Self::Broker(_)
             | Self::Publish(_)
             | Self::Unpublished(_)

@@ -63,8 +63,16 @@ pub(super) fn answer_line(answer: &ControlAnswer) -> String {
     if let (Some(running), Some(waiting)) = (answer.running, answer.waiting) {
         line.push(format!(": {running} running, {waiting} waiting"));
     }
+    match answer.ready {
+        Some(true) => line.push(", ready".to_owned()),
+        Some(false) => line.push(", not ready".to_owned()),
+        None => {}
+    }
     if answer.paused == Some(true) {
         line.push(", paused".to_owned());
+    }
+    if let Some(reasons) = answer.not_ready.as_ref().filter(|reasons| !reasons.is_empty()) {
+        line.push(format!(" ({})", reasons.join("; ")));
     }
     if let Some(projects) = answer.busy_projects.as_ref().filter(|projects| !projects.is_empty()) {
         let projects: Vec<_> = projects.iter().map(ToString::to_string).collect();

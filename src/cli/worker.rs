@@ -1,5 +1,8 @@
 //! `haul worker`: the agent of this node.
 
+mod hand_over;
+mod take_over;
+
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -8,14 +11,14 @@ use std::{
 
 use clap::Args;
 
-use super::error::CliError;
+use super::{error::CliError, wait};
 use crate::{
     broker::{Broker, address::Address, rabbitmq::RabbitMq},
     config::Config,
     execute::{Execute, GitExecutor},
-    lock::StorageLock,
+    lock::{StorageLock, door::Holder},
     protocol::{NodeName, TaskId},
-    shutdown::Shutdown,
+    shutdown::{Ended, Shutdown, exit},
     store::{Journal, SqliteRows},
     worker::{Clock, Observe, Parts, Step, Unobserved, Worker, WorkerSettings},
 };
@@ -24,8 +27,14 @@ const EXAMPLES: &str = "\
 Examples:
   AGENT_NODE_NAME=worker-001 AGENT_AMQP_URL=amqp://haul:secret@rabbit:5672/%2f haul worker
   haul worker --config /etc/haul/haul.toml
+  haul worker --take-over                  # an upgrade: the running agent leaves as soon as this one is ready
 
-The first SIGTERM or SIGINT takes no more tasks and finishes what runs within shutdown.grace; the second stops at once.";
+The first SIGTERM or SIGINT takes no more tasks and finishes what runs within shutdown.grace; the second stops at once.
+
+With --take-over this process does first what it can beside a running agent on the same storage directory: it checks the \
+broker and stands in line for the queue. Then the running one begins no more tasks, finishes what runs within its \
+shutdown.grace (or --grace), gives back the rest uncharged, and ends with code 0. Where none runs it simply starts. It \
+ends with code 5, and the running one stays, where that one does not answer or does not leave in time.";
 
 /// Kept free between waiting in the window, the longest deadline and the broker's consumer timeout.
 const TIMEOUT_MARGIN: Duration = Duration::from_mins(1);
@@ -39,6 +48,12 @@ pub(super) struct WorkerArgs {
     /// Consume the node's queue although another consumer is on it
     #[arg(long)]
     force: bool,
+    /// Have a running agent of this storage directory leave, and take its place
+    #[arg(long)]
+    take_over: bool,
+    /// With --take-over: how long the running agent may let its tasks finish; its own shutdown.grace unless given
+    #[arg(long, value_name = "DURATION", requires = "take_over", value_parser = wait::duration)]
+    grace: Option<Duration>,
     /// Ends the process by force at a step of a message's path; for tests of crash safety.
     #[arg(long, hide = true, value_name = "STEP")]
     observe: Option<Step>,
@@ -79,36 +94,27 @@ async fn agent(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
     let node = config.node()?;
     let shutdown = Shutdown::new(&config.shutdown);
     shutdown.on_signals().map_err(CliError::Runtime)?;
-    let lock = StorageLock::take(&config.storage_path)?;
+    let broker: Arc<dyn Broker> = Arc::new(RabbitMq::connect(&config.broker, &format!("haul worker {node}")).await?);
+    let boot = uuid::Uuid::now_v7().to_string();
+    let settings = worker_settings(&config, node.clone(), args.force);
+    let Some((lock, ahead)) = take_over::storage(&config, &args, &broker, &settings, &boot, &shutdown).await? else {
+        broker.close().await;
+        return Ok(shutdown.ended().await.code());
+    };
     let own = StorageLock::directory(&config.storage_path);
     let executor = open_executor(&config).await?;
     let journal = Journal::open(SqliteRows::open(&own.join("journal.db")).await?).await?;
-    let broker = RabbitMq::connect(&config.broker, &format!("haul worker {node}")).await?;
-    let broker: Arc<dyn Broker> = Arc::new(broker);
-    let boot = uuid::Uuid::now_v7().to_string();
     greet(&config, &node, &boot)?;
     let observer: Arc<dyn Observe> = match args.observe {
         Some(step) => Arc::new(KilledAt(step)),
         None => Arc::new(Unobserved),
     };
-    let parts = Parts {
-        settings: worker_settings(&config, node, args.force),
-        broker: broker.clone(),
-        journal,
-        executor,
-        observer,
-        clock: Clock::system(),
-        boot,
-    };
+    let holder = holder(&config, &node, &boot);
+    let parts = Parts { settings, broker: broker.clone(), journal, executor, observer, clock: Clock::system(), boot };
     let worker = Worker::new(parts, shutdown.soft().clone(), shutdown.hard().clone());
-    let mut readiness = worker.readiness();
-    tokio::spawn(async move {
-        while readiness.changed().await.is_ok() {
-            let now = *readiness.borrow_and_update();
-            tracing::info!(ready = now.is_ready(), state = ?now, "readiness");
-        }
-    });
-    let mut running = shutdown.tracker().spawn(worker.run());
+    tell_readiness(&worker);
+    let door = hand_over::mind(&config.storage_path, &lock, &worker, holder);
+    let mut running = shutdown.tracker().spawn(worker.run_prepared(ahead));
     let ended = tokio::select! {
         result = &mut running => {
             result.map_err(|error| CliError::Refused(format!("the agent broke down: {error}")))??;
@@ -119,8 +125,34 @@ async fn agent(config: Config, args: WorkerArgs) -> Result<u8, CliError> {
     };
     broker.close().await;
     drop(lock);
-    tracing::info!(ended = ?ended, "ended");
-    Ok(ended.code())
+    let handed_over = door.handed_over();
+    tracing::info!(ended = ?ended, handed_over, "ended");
+    // What was given back is not lost but somebody else's: a supervisor has nothing to start again.
+    Ok(if handed_over && ended != Ended::Interrupted { exit::OK } else { ended.code() })
+}
+
+/// What is said of this process to one that wants to take over.
+fn holder(config: &Config, node: &NodeName, boot: &str) -> Holder {
+    Holder {
+        node: node.to_string(),
+        prefix: config.names().prefix().to_owned(),
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        boot: boot.to_owned(),
+        grace_ms: u64::try_from(config.shutdown.grace.as_millis()).unwrap_or(u64::MAX),
+        paused: false,
+    }
+}
+
+/// Logs whether the agent can do its job, as it changes.
+fn tell_readiness(worker: &Worker) {
+    let mut readiness = worker.readiness();
+    tokio::spawn(async move {
+        while readiness.changed().await.is_ok() {
+            let now = *readiness.borrow_and_update();
+            tracing::info!(ready = now.is_ready(), state = ?now, "readiness");
+        }
+    });
 }
 
 /// Says who starts and with what, in one line without a secret, and warns of what nobody should run on for long.

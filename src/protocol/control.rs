@@ -71,8 +71,8 @@ pub struct ControlAnswer {
     pub node: NodeName,
     /// Identity of this start of the agent.
     pub boot: String,
-    /// `pending` (a cancel of a task not seen yet), `cancelling`, `settled`, `paused`, `resumed`, `draining`,
-    /// `state`, or `refused`.
+    /// `pending` (a cancel of a task not seen yet), `cancelling`, `settled`, `paused`, `resumed`, `draining`, later
+    /// `drained`, `state`, or `refused`.
     pub answer: String,
     /// The command that it answers, where it could be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -86,6 +86,15 @@ pub struct ControlAnswer {
     /// Why a command was refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// For `state`: whether the agent can do its job: it consumes, publishes, hears commands and writes its journal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<bool>,
+    /// For `state`: whether it consumes its queue, and the broker serves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consuming: Option<bool>,
+    /// For `state`: why it is not ready, in sentences.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_ready: Option<Vec<String>>,
     /// For `state`: whether the agent is paused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused: Option<bool>,

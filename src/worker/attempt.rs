@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Interrupted, Worker,
     arrival::Arrival,
+    hand_over::Parked,
     reporter::About,
     step::{Observe, Step},
     turns::{Queued, Turn},
@@ -176,6 +177,7 @@ impl Worker {
         }
         let project = self.executor.project(arrival.task.project).await;
         self.reporter.accepted(&About { attempt: 0, ..arrival.about(ticket, project) });
+        let _parked = Parked::among(&self.parked);
         tokio::select! {
             biased;
             () = arrival.cancel.cancelled() => Ok(Waited::Cancelled),

@@ -1,12 +1,22 @@
 //! The worker's life: when it takes messages, when it stops, and what it looks after meanwhile.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
-use super::{Worker, WorkerError, poison::IN_HAND};
+use super::{
+    Worker, WorkerError,
+    enrol::{Ahead, ensure_topology, refuse_an_occupied_queue, tasks, wait_for_a_migration},
+    poison::IN_HAND,
+    readiness::Readiness,
+    watch::{Verdict, Watched},
+};
 use crate::{
-    broker::{BrokerError, Consume, Consumer, Health, Topology},
+    broker::{BrokerError, Consume, Consumer, Stop, Topology},
     journal::Key,
     store::JournalError,
 };
@@ -14,36 +24,17 @@ use crate::{
 /// How often a journal that could not be written is tried again.
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
 /// How long a publish of a non-terminal event may hold up the end.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How long it may take until what was not handed out is back at the broker.
 const GIVING_BACK: Duration = Duration::from_secs(5);
 /// Starts in a row that did not end cleanly, after which one delivery is taken at a time.
 const UNCLEAN_LIMIT: u32 = 2;
 /// The note that counts unclean starts.
 const UNCLEAN: &str = "unclean_starts";
+/// Control messages in hand at a time.
+pub(super) const CONTROL_WINDOW: u16 = 16;
 /// The note that remembers a pause.
 pub(super) const PAUSED: &str = "paused";
-
-/// Whether the worker can do its job.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Readiness {
-    /// The queue of tasks is consumed.
-    pub consuming: bool,
-    /// Events and copies can be published.
-    pub publishing: bool,
-    /// Control messages can be received.
-    pub control: bool,
-    /// The journal can be written.
-    pub journal: bool,
-}
-
-impl Readiness {
-    /// Whether all of it works.
-    #[must_use]
-    pub fn is_ready(self) -> bool {
-        self.consuming && self.publishing && self.control && self.journal
-    }
-}
 
 /// Why consumption ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -61,14 +52,22 @@ impl Worker {
     /// # Errors
     /// When it could not begin: the queue is taken, the broker refuses, the journal cannot be read.
     pub async fn run(self: Arc<Self>) -> Result<(), WorkerError> {
-        self.prepared().await?;
+        self.run_prepared(Ahead::default()).await
+    }
+
+    /// The same where the way to the broker was made ready before.
+    ///
+    /// # Errors
+    /// See [`Worker::run`].
+    pub async fn run_prepared(self: Arc<Self>, ahead: Ahead) -> Result<(), WorkerError> {
+        self.prepared(ahead.enrolled).await?;
         if self.soft.is_cancelled() {
             return Ok(());
         }
         let control = tokio::spawn(self.clone().control());
         let upkeep = tokio::spawn(self.clone().upkeep());
         let sparing = tokio::spawn(self.clone().spare_the_journal());
-        let result = self.take_messages().await;
+        let result = self.take_messages(ahead.consumer).await;
         self.finish_up().await;
         control.abort();
         upkeep.abort();
@@ -84,9 +83,9 @@ impl Worker {
     }
 
     /// Prepares, however long the broker is away; a refusal is an error.
-    async fn prepared(self: &Arc<Self>) -> Result<(), WorkerError> {
+    async fn prepared(self: &Arc<Self>, mut enrolled: bool) -> Result<(), WorkerError> {
         loop {
-            match self.prepare().await {
+            match self.prepare(&mut enrolled).await {
                 Err(WorkerError::Broker(error @ BrokerError::Unreachable { .. })) => {
                     tracing::warn!(error = %error, "waiting for the broker");
                     tokio::select! {
@@ -100,13 +99,16 @@ impl Worker {
     }
 
     /// Everything before the first message.
-    async fn prepare(self: &Arc<Self>) -> Result<(), WorkerError> {
-        self.wait_for_a_migration().await?;
-        if self.soft.is_cancelled() {
-            return Ok(());
+    async fn prepare(self: &Arc<Self>, enrolled: &mut bool) -> Result<(), WorkerError> {
+        if !*enrolled {
+            wait_for_a_migration(&*self.broker, &self.settings, &self.soft).await?;
+            if self.soft.is_cancelled() {
+                return Ok(());
+            }
+            ensure_topology(&*self.broker, &self.settings).await?;
+            refuse_an_occupied_queue(&*self.broker, &self.settings, &self.soft).await?;
+            *enrolled = true;
         }
-        self.ensure_topology().await?;
-        self.refuse_an_occupied_queue().await?;
         let unclean = self.journal.note(UNCLEAN).await?.and_then(|text| text.parse().ok()).unwrap_or(0_u32);
         self.journal.set_note(UNCLEAN, Some(&(unclean + 1).to_string())).await?;
         if unclean >= UNCLEAN_LIMIT {
@@ -129,112 +131,41 @@ impl Worker {
         Ok(())
     }
 
-    /// While our queue is being made anew, what waited in it is put aside: taking what comes meanwhile would turn the order
-    /// round, and a task that a later one has overtaken is superseded.
-    async fn wait_for_a_migration(&self) -> Result<(), WorkerError> {
-        let queue = self.settings.names.node(&self.settings.node);
-        let aside = self.settings.names.set_aside(&queue);
-        let mut said = false;
-        while !self.soft.is_cancelled() && self.is_there(&aside).await? {
-            if !std::mem::replace(&mut said, true) {
-                tracing::warn!(
-                    broker.queue = queue,
-                    "our queue is being made anew: haul topology migrate completes it"
-                );
-            }
-            tokio::select! {
-                () = tokio::time::sleep(PROBE_INTERVAL) => {}
-                () = self.soft.cancelled() => {}
-            }
-        }
-        Ok(())
-    }
-
-    async fn is_there(&self, queue: &str) -> Result<bool, WorkerError> {
-        match self.broker.depth(queue).await {
-            Err(BrokerError::Refused { reason, .. }) if reason.starts_with("ACCESS_REFUSED") => Ok(false),
-            depth => Ok(depth?.is_some()),
-        }
-    }
-
-    /// Makes what is missing where we may; an agent without the right to configure shared objects only checks them.
-    async fn ensure_topology(&self) -> Result<(), WorkerError> {
-        let names = &self.settings.names;
-        let shared = names.shared_topology(&self.settings.results_queue);
-        let missing = self.broker.missing(&shared).await?;
-        if !missing.is_empty() {
-            tracing::info!(missing = ?missing, "making shared exchanges and queues");
-            if let Err(error) = self.broker.declare(&shared).await {
-                tracing::error!(error = %error, "shared exchanges and queues could not be made");
-                return Err(WorkerError::Topology { missing: missing.join(", ") });
-            }
-        }
-        self.ensure_own(&names.node_topology(&self.settings.node)).await?;
-        self.ensure_own(&names.control_topology(&self.settings.node)).await
-    }
-
-    /// Makes a queue of our own; who may not can use it all the same where somebody else has made it.
-    async fn ensure_own(&self, own: &Topology) -> Result<(), WorkerError> {
-        match self.broker.declare(own).await {
-            Err(BrokerError::Refused { reason, .. }) if reason.starts_with("ACCESS_REFUSED") => {
-                let missing = self.broker.missing(own).await?;
-                if missing.is_empty() { Ok(()) } else { Err(WorkerError::Topology { missing: missing.join(", ") }) }
-            }
-            declared => Ok(declared?),
-        }
-    }
-
-    /// A consumer on our queue while we hold the storage lock is another agent of the same name, or the ghost of a
-    /// lost connection of our own, which the broker drops once its heartbeats are missed.
-    async fn refuse_an_occupied_queue(&self) -> Result<(), WorkerError> {
-        let queue = self.settings.names.node(&self.settings.node);
-        if self.settings.force {
-            return Ok(());
-        }
-        let patience = tokio::time::Instant::now() + self.settings.ghost_limit;
-        let mut said = false;
-        loop {
-            match self.broker.depth(&queue).await? {
-                Some(depth) if depth.consumers > 0 => {}
-                _ => return Ok(()),
-            }
-            if tokio::time::Instant::now() >= patience {
-                return Err(WorkerError::Occupied { queue });
-            }
-            if !std::mem::replace(&mut said, true) {
-                let patience_ms = u64::try_from(self.settings.ghost_limit.as_millis()).unwrap_or(u64::MAX);
-                tracing::warn!(
-                    broker.queue = queue,
-                    wait_ms = patience_ms,
-                    "another consumer is on our queue; waiting, since it may be a lost connection of our own"
-                );
-            }
-            tokio::select! {
-                () = tokio::time::sleep(Duration::from_secs(1)) => {}
-                () = self.soft.cancelled() => return Ok(()),
-            }
-        }
-    }
-
-    /// Consumes while it may.
-    async fn take_messages(self: &Arc<Self>) -> Result<(), WorkerError> {
+    /// Consumes while it may; with the consumer that stands in line for it, if one does.
+    async fn take_messages(self: &Arc<Self>, in_line: Option<Consumer>) -> Result<(), WorkerError> {
+        // What a pause, or caution, would keep from it must not lie in its window.
+        let mut in_line = in_line.filter(|_| !*self.paused.borrow() && !self.caution.is_on());
         while self.until_it_may_consume().await {
-            let names = &self.settings.names;
             let prefetch = if self.caution.is_on() { 1 } else { self.settings.window };
-            let consume = Consume {
-                queue: names.node(&self.settings.node),
-                tag: format!("haul-{}-{}", self.settings.node, self.boot),
-                prefetch,
-                declare: names.node_topology(&self.settings.node),
+            let consume = tasks(&self.settings, &self.boot, prefetch);
+            let queue = consume.queue.clone();
+            let mut consumer = match in_line.take() {
+                Some(consumer) => {
+                    // Who was before it has left: that is how the storage came to be ours.
+                    consumer.presence().leads();
+                    consumer
+                }
+                None => self.broker.consume(consume).await?,
             };
-            let mut consumer = self.broker.consume(consume).await?;
             tracing::info!(prefetch, "consuming");
+            self.verdict.send_replace(Verdict::Well);
+            let watch = self.watched(&consumer, queue, prefetch, true).watch(self.verdict.clone());
+            let watch = AbortOnDropHandle::new(tokio::spawn(watch));
             let ended = self.take_until(&mut consumer).await;
+            drop(watch);
             // What was not handed out goes back by this; what is in hand can still be settled.
-            consumer.stop();
-            // Before it is back the next consumer would be given what is behind it.
-            let mut session = consumer.health();
-            let _ = tokio::time::timeout(GIVING_BACK, async { while session.changed().await.is_ok() {} }).await;
+            consumer.end(match ended {
+                // Nothing runs, and somebody is next in line.
+                Ended::Stopping if self.left.load(Ordering::SeqCst) => Stop::LetGo,
+                // A pull that waits behind its clone must not come first at the next start.
+                Ended::Stopping => Stop::KeepOrder,
+                Ended::Paused | Ended::Trouble | Ended::CautionOver => Stop::GiveBack,
+            });
+            if ended != Ended::Stopping {
+                // Before it is back the next consumer would be given what is behind it.
+                let mut session = consumer.health();
+                let _ = tokio::time::timeout(GIVING_BACK, async { while session.changed().await.is_ok() {} }).await;
+            }
             drop(consumer);
             self.readiness.send_modify(|readiness| readiness.consuming = false);
             tracing::info!(reason = ?ended, "not consuming");
@@ -249,17 +180,18 @@ impl Worker {
         if self.journal.is_closed() { Err(JournalError::Closed.into()) } else { Ok(()) }
     }
 
+    /// A consumer of ours, to be compared with what the broker says of it.
+    pub(super) fn watched(&self, consumer: &Consumer, queue: String, window: u16, single: bool) -> Watched {
+        Watched { broker: self.broker.clone(), queue, presence: consumer.presence(), window, single }
+    }
+
     /// Takes deliveries until something forbids it.
     async fn take_until(self: &Arc<Self>, consumer: &mut Consumer) -> Ended {
         let (mut consuming, mut publishing) = (consumer.health(), self.broker.health());
+        let (presence, mut verdict) = (consumer.presence(), self.verdict.subscribe());
         let cautious = self.caution.is_on();
         loop {
-            self.readiness.send_if_modified(|readiness| {
-                let before = *readiness;
-                readiness.consuming = *consuming.borrow_and_update() == Health::Up;
-                readiness.publishing = *publishing.borrow_and_update() == Health::Up;
-                before != *readiness
-            });
+            self.note_readiness(*consuming.borrow_and_update(), *publishing.borrow_and_update(), &presence.now());
             if self.soft.is_cancelled() {
                 return Ended::Stopping;
             }
@@ -279,6 +211,8 @@ impl Worker {
                 () = self.changed.notified() => {}
                 changed = consuming.changed() => if changed.is_err() { return Ended::Trouble },
                 changed = publishing.changed() => if changed.is_err() { return Ended::Trouble },
+                // An error would mean that the worker itself is gone.
+                _ = verdict.changed() => {}
                 delivery = consumer.next(), if room => match delivery {
                     Some(delivery) => {
                         // Read here, in the order in which they come: what is spawned runs in any order.
@@ -332,11 +266,14 @@ impl Worker {
         tokio::select! {
             () = self.handling.wait() => {}
             () = self.hard.cancelled() => {
-                tracing::warn!("ending what runs, giving it back");
+                if !running.is_empty() {
+                    tracing::warn!("ending what runs, giving it back");
+                }
                 self.handling.wait().await;
             }
         }
         self.hard.cancel();
+        self.say_drained();
         self.background.close();
         if tokio::time::timeout(LAST_WORDS, self.background.wait()).await.is_err() {
             tracing::warn!("some events were not confirmed before the end");
@@ -355,7 +292,7 @@ impl Worker {
         Consume {
             queue: names.control_node(&self.settings.node),
             tag: format!("haul-control-{}-{}", self.settings.node, self.boot),
-            prefetch: 16,
+            prefetch: CONTROL_WINDOW,
             declare,
         }
     }

@@ -1,13 +1,23 @@
 //! Control messages: cancel, pause, resume, drain, inspect. Acknowledged once journalled.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use super::{Worker, consume::PAUSED};
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    Worker,
+    consume::{CONTROL_WINDOW, PAUSED},
+    watch::Verdict,
+};
 use crate::{
     broker::{Delivery, Health},
     failure::Failure,
     journal::{CancelAnswer, Key},
-    protocol::{Control, ControlAnswer, ControlMessage, Outcome, TaskId, wire},
+    protocol::{Control, ControlAnswer, ControlCommand, ControlMessage, Outcome, TaskId, wire},
     store::{JournalError, SET_ASIDE},
 };
 
@@ -17,12 +27,18 @@ const AGAIN: Duration = Duration::from_secs(5);
 impl Worker {
     /// Follows the control queue. Its trouble lowers readiness and never stops tasks.
     pub(super) async fn control(self: Arc<Self>) {
+        let queue = self.settings.names.control_node(&self.settings.node);
         loop {
             match self.broker.consume(self.control_consume()).await {
                 Ok(mut consumer) => {
                     let mut health = consumer.health();
+                    let watched = self.watched(&consumer, queue.clone(), CONTROL_WINDOW, false);
+                    let verdict = watch::Sender::new(Verdict::Well);
+                    let mut judged = verdict.subscribe();
+                    let _watch = AbortOnDropHandle::new(tokio::spawn(watched.watch(verdict)));
                     loop {
-                        let up = *health.borrow_and_update() == Health::Up;
+                        let served = *judged.borrow_and_update() == Verdict::Well;
+                        let up = served && *health.borrow_and_update() == Health::Up;
                         self.readiness
                             .send_if_modified(|readiness| std::mem::replace(&mut readiness.control, up) != up);
                         tokio::select! {
@@ -31,6 +47,8 @@ impl Worker {
                                 None => break,
                             },
                             changed = health.changed() => if changed.is_err() { break },
+                            // An error would mean that the watch has ended, which it does not.
+                            Ok(()) = judged.changed() => {}
                         }
                     }
                 }
@@ -60,10 +78,7 @@ impl Worker {
             Control::Cancel(task) => self.cancel(task).await,
             Control::Pause => self.pause(true).await,
             Control::Resume => self.pause(false).await,
-            Control::Drain => {
-                self.soft.cancel();
-                Ok(self.reporter.answer("draining", None, None))
-            }
+            Control::Drain => return self.drain(message, delivery).await,
             Control::Inspect => Ok(self.inspect().await),
         };
         match answered {
@@ -80,6 +95,29 @@ impl Worker {
                 let _ = delivery.requeue().await;
             }
         }
+    }
+
+    /// Ends the agent in order. Acknowledged first: a drain must not come again and end the next start.
+    async fn drain(&self, message: ControlMessage, delivery: Delivery) {
+        let mut answer = self.reporter.answer("draining", Some(message.command), None);
+        answer.control_id.clone_from(&message.control_id);
+        self.reporter.send_answer(&answer);
+        let _ = delivery.ack().await;
+        self.drains().push(message.control_id);
+        self.soft.cancel();
+    }
+
+    /// Tells who asked for a drain that nothing runs any more.
+    pub(super) fn say_drained(&self) {
+        for control_id in std::mem::take(&mut *self.drains()) {
+            let mut answer = self.reporter.answer("drained", Some(ControlCommand::Drain), None);
+            answer.control_id = control_id;
+            self.reporter.send_answer(&answer);
+        }
+    }
+
+    fn drains(&self) -> MutexGuard<'_, Vec<Option<String>>> {
+        self.drains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn refuse_command(&self, delivery: Delivery, message: Option<ControlMessage>, failure: Failure) {
@@ -121,6 +159,12 @@ impl Worker {
         Ok(self.reporter.answer(said, None, Some(task)))
     }
 
+    /// Whether it takes no tasks until it is resumed.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        *self.paused.borrow()
+    }
+
     async fn pause(&self, pause: bool) -> Result<ControlAnswer, JournalError> {
         self.journal.set_note(PAUSED, pause.then_some("yes")).await?;
         self.paused.send_replace(pause);
@@ -131,6 +175,9 @@ impl Worker {
     async fn inspect(&self) -> ControlAnswer {
         let (_, running) = self.active.counts();
         let mut answer = self.reporter.answer("state", None, None);
+        let readiness = *self.readiness.borrow();
+        (answer.ready, answer.consuming) = (Some(readiness.is_ready()), Some(readiness.consuming));
+        answer.not_ready = Some(self.not_ready()).filter(|reasons| !reasons.is_empty());
         answer.paused = Some(*self.paused.borrow());
         answer.running = Some(running.len() as u64);
         answer.waiting = Some(self.turns.waiting() as u64);

@@ -21,6 +21,8 @@ struct Inner {
     schedule: Schedule,
     wake: HashMap<Number, oneshot::Sender<Turn>>,
     next: Number,
+    /// Nobody is woken.
+    held: bool,
 }
 
 /// A slot and a project's turn, given back on drop.
@@ -40,7 +42,7 @@ pub(super) struct Queued {
 
 impl Turns {
     pub(super) fn new(slots: usize) -> Arc<Self> {
-        let inner = Inner { schedule: Schedule::new(slots), wake: HashMap::new(), next: 0 };
+        let inner = Inner { schedule: Schedule::new(slots), wake: HashMap::new(), next: 0, held: false };
         Arc::new(Self { inner: Mutex::new(inner) })
     }
 
@@ -69,8 +71,18 @@ impl Turns {
         self.lock().schedule.waiting()
     }
 
+    /// Gives no turn any more, or again.
+    pub(super) fn hold(self: &Arc<Self>, hold: bool) {
+        let mut inner = self.lock();
+        inner.held = hold;
+        self.grant(&mut inner);
+    }
+
     /// Wakes everybody who may run now.
     fn grant(self: &Arc<Self>, inner: &mut Inner) {
+        if inner.held {
+            return;
+        }
         while let Some(task) = inner.schedule.start_next() {
             let turn = Turn { turns: self.clone(), project: task.project, armed: true };
             let refused = match inner.wake.remove(&task.number) {

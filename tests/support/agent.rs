@@ -47,6 +47,57 @@ struct Seen {
     answers: Vec<ControlAnswer>,
 }
 
+/// A process of a node beside which another was started.
+pub struct Former {
+    process: Child,
+    log: PathBuf,
+}
+
+impl Former {
+    /// The process's number.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// What it wrote so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_none()
+    }
+
+    /// Waits for it to write something.
+    pub async fn said(&self, what: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(what) {
+            assert!(Instant::now() < deadline, "waited for {what:?}; the log:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits for it to end by itself.
+    pub async fn ended(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.process.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the former agent did not end; its log:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl Drop for Former {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
 /// Settings that reach a broker at `url`.
 pub fn broker_settings(url: &str) -> BrokerSettings {
     BrokerSettings { urls: vec![SecretString::from(url)], ..BrokerSettings::default() }
@@ -123,6 +174,16 @@ impl Agent {
         let mut command = self.command(&["worker"]);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.process = Some(command.spawn().unwrap());
+    }
+
+    /// Starts another process of the same node beside the running one, which is returned; from now on this is the new one.
+    pub fn start_beside(&mut self, arguments: &[&str]) -> Former {
+        let process = self.process.take().expect("there is a process to start beside");
+        let former = Former { process, log: self.log.clone() };
+        let count = std::fs::read_dir(self.storage.path()).unwrap().count();
+        self.log = self.storage.path().join(format!("agent-{count}.log"));
+        self.start(arguments);
+        former
     }
 
     /// Waits until the process that was started last says that it is ready.

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 pub(crate) mod agent;
+pub(crate) mod census;
 pub(crate) mod cluster;
 pub(crate) mod command;
 pub(crate) mod pipeline;

@@ -12,7 +12,7 @@ use std::{
 use async_trait::async_trait;
 use haul::{
     broker::{
-        Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Names, Outgoing, PublishError, Topology,
+        Broker, BrokerError, Browse, Consume, Consumer, Depth, Health, Names, Outgoing, PublishError, Topology, View,
         memory::Memory,
     },
     execute::{Execute, Job, Limits, OwedHistory, PENDING, ProjectState},
@@ -328,6 +328,11 @@ impl Pipeline {
         let worker = Worker::new(parts, soft.clone(), hard.clone());
         let handle = tokio::spawn(worker.clone().run());
         self.running = Some(Running { worker, handle, soft, hard, dead });
+    }
+
+    /// The worker that runs.
+    pub fn worker(&self) -> Arc<Worker> {
+        self.running.as_ref().unwrap().worker.clone()
     }
 
     /// A second agent of the same name.
@@ -695,6 +700,9 @@ impl Broker for MortalBroker {
     }
     async fn depth(&self, queue: &str) -> Result<Option<Depth>, BrokerError> {
         self.broker.depth(queue).await
+    }
+    async fn look(&self, queue: &str, closely: bool) -> Result<Option<View>, BrokerError> {
+        self.broker.look(queue, closely).await
     }
     fn health(&self) -> watch::Receiver<Health> {
         self.broker.health()

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::session::Hold;
 use crate::{
-    broker::{Inbox, topology::Lifetime},
+    broker::{ConsumerView, Inbox, topology::Lifetime},
     protocol::wire::{HeaderValue, Headers, Message},
 };
 
@@ -42,6 +42,9 @@ pub(super) struct Attached {
     pub(super) hold: Arc<Hold>,
     pub(super) inbox: Arc<Inbox>,
     pub(super) prefetch: u16,
+    pub(super) tag: String,
+    /// It is there and gets nothing.
+    pub(super) deaf: bool,
 }
 
 /// A queue.
@@ -127,16 +130,37 @@ impl Queue {
         let room = |consumer: &Attached| {
             let session = consumer.hold.id();
             let out = self.out.values().filter(|out| out.session == session).count();
-            consumer.prefetch == 0 || out < usize::from(consumer.prefetch)
+            !consumer.deaf && (consumer.prefetch == 0 || out < usize::from(consumer.prefetch))
         };
-        let single = matches!(self.arguments.get("x-single-active-consumer"), Some(HeaderValue::Bool(true)));
-        if single {
+        if self.has_a_single_consumer() {
             return self.consumers.first().filter(|consumer| room(consumer));
         }
         let count = self.consumers.len();
         let index = (0..count).map(|step| (self.turn + step) % count).find(|&index| room(&self.consumers[index]))?;
         self.turn = index + 1;
         self.consumers.get(index)
+    }
+
+    fn has_a_single_consumer(&self) -> bool {
+        matches!(self.arguments.get("x-single-active-consumer"), Some(HeaderValue::Bool(true)))
+    }
+
+    /// The consumers that a look counts: those that stand in line behind a single active one are not among them.
+    pub(super) fn counted(&self) -> u32 {
+        let count = self.consumers.len();
+        u32::try_from(if self.has_a_single_consumer() { count.min(1) } else { count }).unwrap_or(u32::MAX)
+    }
+
+    /// Who consumes it.
+    pub(super) fn seen(&self, name: &str) -> Vec<ConsumerView> {
+        let single = self.has_a_single_consumer();
+        let seen = |(place, consumer): (usize, &Attached)| ConsumerView {
+            queue: name.to_owned(),
+            tag: consumer.tag.clone(),
+            connection: "memory".to_owned(),
+            active: !single || place == 0,
+        };
+        self.consumers.iter().enumerate().map(seen).collect()
     }
 
     /// Takes out what has expired by `now`.

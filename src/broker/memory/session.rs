@@ -8,24 +8,29 @@ use std::sync::{
 use async_trait::async_trait;
 
 use super::Shared;
-use crate::broker::{Settle, Settlement, StaleDelivery};
+use crate::broker::{Counts, Settle, Settlement, StaleDelivery};
 
 /// What a channel is elsewhere. When the last who holds it lets go, what is unsettled is given back.
 pub(super) struct Hold {
     id: u64,
     queue: String,
     alive: AtomicBool,
+    counts: Arc<Counts>,
     shared: Weak<Shared>,
 }
 
 impl Hold {
     pub(super) fn new(id: u64, queue: &str, shared: &Arc<Shared>) -> Arc<Self> {
         let shared = Arc::downgrade(shared);
-        Arc::new(Self { id, queue: queue.to_owned(), alive: AtomicBool::new(true), shared })
+        Arc::new(Self { id, queue: queue.to_owned(), alive: AtomicBool::new(true), counts: Arc::default(), shared })
     }
 
     pub(super) fn id(&self) -> u64 {
         self.id
+    }
+
+    pub(super) fn counts(&self) -> &Arc<Counts> {
+        &self.counts
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -58,7 +63,9 @@ pub(super) struct Tag {
 impl Settle for Tag {
     async fn settle(&self, settlement: Settlement) -> Result<(), StaleDelivery> {
         let shared = self.hold.shared.upgrade().filter(|_| self.hold.is_alive()).ok_or(StaleDelivery)?;
-        shared.settle(&self.hold.queue, self.number, settlement)
+        shared.settle(&self.hold.queue, self.number, settlement)?;
+        self.hold.counts.settled();
+        Ok(())
     }
 
     fn is_stale(&self) -> bool {

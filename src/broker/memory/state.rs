@@ -29,7 +29,17 @@ pub(super) struct State {
     pub(super) published: Vec<Outgoing>,
     pub(super) refusing: bool,
     pub(super) losing: bool,
+    pub(super) telling: bool,
+    /// How often each queue was looked at, and consumed anew.
+    pub(super) tally: BTreeMap<String, Tally>,
     numbers: u64,
+}
+
+/// What was done with a queue.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tally {
+    pub(super) looks: u64,
+    pub(super) sessions: u64,
 }
 
 /// A queue to look at when a time has come.

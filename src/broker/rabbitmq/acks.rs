@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::session::STEP_TIMEOUT;
-use crate::broker::{Settlement, StaleDelivery};
+use crate::broker::{Counts, Settlement, StaleDelivery};
 
 /// Settlements that are looked at together.
 const BATCH: usize = 512;
@@ -26,6 +26,7 @@ const BATCH: usize = 512;
 /// Keeps a channel open while deliveries of it are in hand, settles them, and knows when they can no longer be settled.
 pub(super) struct Hold {
     shared: Arc<Shared>,
+    pub(super) counts: Arc<Counts>,
     settlings: mpsc::UnboundedSender<Settling>,
 }
 
@@ -56,11 +57,12 @@ impl Hold {
         let shared = Arc::new(Shared { ended: CancellationToken::new(), in_hand: Mutex::default() });
         let (settlings, queue) = mpsc::unbounded_channel();
         tokio::spawn(settle(channel, Arc::clone(&shared), queue));
-        Arc::new(Self { shared, settlings })
+        Arc::new(Self { shared, counts: Arc::default(), settlings })
     }
 
     /// Notes that a tag was delivered; before anybody can settle it, in the order of delivery.
     pub(super) fn delivered(&self, tag: u64) {
+        self.counts.arrived();
         self.shared.in_hand().insert(tag);
     }
 
@@ -79,7 +81,10 @@ impl Hold {
         let (settled, done) = oneshot::channel();
         self.settlings.send(Settling { tag, settlement, settled }).map_err(|_| StaleDelivery)?;
         match done.await {
-            Ok(true) => Ok(()),
+            Ok(true) => {
+                self.counts.settled();
+                Ok(())
+            }
             Ok(false) | Err(_) => Err(StaleDelivery),
         }
     }

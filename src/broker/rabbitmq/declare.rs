@@ -93,10 +93,14 @@ fn is_absent<T>(found: Result<Option<T>, BrokerError>) -> Result<bool, BrokerErr
 
 /// Messages and consumers of a queue, if it exists.
 pub(super) async fn depth(line: &Line, queue: &str) -> Result<Option<Depth>, BrokerError> {
+    asked(line, &format!("queue {queue:?}"), async |channel: Channel| counted(&channel, queue).await).await
+}
+
+/// The same on `channel`, which the broker closes where there is no such queue.
+pub(super) async fn counted(channel: &Channel, queue: &str) -> lapin::Result<Depth> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let ask = async |channel: Channel| channel.queue_declare(convert::cut(queue), options, FieldTable::default()).await;
-    let found = asked(line, &format!("queue {queue:?}"), ask).await?;
-    Ok(found.map(|queue| Depth { messages: queue.message_count(), consumers: queue.consumer_count() }))
+    let found = channel.queue_declare(convert::cut(queue), options, FieldTable::default()).await?;
+    Ok(Depth { messages: found.message_count(), consumers: found.consumer_count() })
 }
 
 /// Asks on a channel of its own, since the broker closes it where the answer is no.

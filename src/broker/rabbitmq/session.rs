@@ -20,12 +20,17 @@ use super::{
     waits::Waits,
 };
 use crate::{
-    broker::{BrokerError, Consume, Delivery, Health, Inbox, Settle, Settlement, StaleDelivery, inbox::stopped},
+    broker::{
+        BrokerError, Consume, Delivery, Health, Inbox, Presence, Settle, Settlement, StaleDelivery, Stop,
+        inbox::stopped,
+    },
     protocol::wire::HeaderValue,
 };
 
 /// For the broker's part in opening or closing a session.
 pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a cancel before a session is given up: without it the broker may still count the old consumer for a moment.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// Attempts on one connection that end in something else than a refusal, until another connection is made.
 const TRIES: u32 = 3;
 /// How often a quiet session is looked at: a lost channel is noticed even if nothing said so.
@@ -71,7 +76,9 @@ impl Settle for Tag {
 /// Why a session ended.
 enum End {
     /// The consumer was stopped or dropped.
-    Asked,
+    Asked(Stop),
+    /// Another session was asked for.
+    Rebuild,
     /// Anything else.
     Fault(String),
 }
@@ -96,7 +103,8 @@ pub(super) struct Sessions {
     pub(super) consume: Consume,
     pub(super) link: watch::Receiver<State>,
     pub(super) inbox: Arc<Inbox>,
-    pub(super) stop: watch::Receiver<bool>,
+    pub(super) presence: Arc<Presence>,
+    pub(super) stop: watch::Receiver<Stop>,
     pub(super) health: watch::Sender<Health>,
 }
 
@@ -105,6 +113,8 @@ struct Session {
     stream: lapin::Consumer,
     hold: Arc<Hold>,
     tag: ShortString,
+    /// Consumers that the broker counted before this one.
+    before: u32,
     line: Arc<Line>,
 }
 
@@ -130,10 +140,13 @@ impl Sessions {
                     (waits, tries) = (Waits::new(), 0);
                     tell(Ok(()));
                     tracing::info!(broker.queue = self.consume.queue, broker.tag = %session.tag, "consuming");
+                    self.presence.begin(session.tag.as_str(), session.before, &session.hold.counts);
                     let end = self.forward(session).await;
+                    self.presence.end();
                     self.health.send_replace(Health::Down);
                     match end {
-                        End::Asked => break,
+                        End::Asked(_) => break,
+                        End::Rebuild => tracing::info!(broker.queue = self.consume.queue, "consuming anew"),
                         End::Fault(reason) => tracing::warn!(
                             broker.queue = self.consume.queue,
                             error = reason,
@@ -221,6 +234,7 @@ impl Sessions {
                 .basic_qos(self.consume.prefetch, BasicQosOptions { global: false })
                 .await
                 .map_err(failed("a prefetch window"))?;
+            let before = declare::counted(&channel, &self.consume.queue).await.map_err(failed(&queue))?;
             let tag = convert::cut(&format!("{}-{number}", self.consume.tag));
             let stream = channel
                 .basic_consume(
@@ -231,10 +245,10 @@ impl Sessions {
                 )
                 .await
                 .map_err(failed(&queue))?;
-            Ok((channel, stream, hold, tag))
+            Ok((channel, stream, hold, tag, before.consumers))
         };
         match tokio::time::timeout(STEP_TIMEOUT, opening).await {
-            Ok(Ok((channel, stream, hold, tag))) => Ok(Session { channel, stream, hold, tag, line }),
+            Ok(Ok((channel, stream, hold, tag, before))) => Ok(Session { channel, stream, hold, tag, before, line }),
             Ok(Err(failure)) => Err(failure),
             Err(_) => Err(Failure { what: queue, error: None }),
         }
@@ -243,12 +257,14 @@ impl Sessions {
     /// Passes deliveries on until the session ends, and cleans up after it.
     async fn forward(&mut self, mut session: Session) -> End {
         let mut glance = tokio::time::interval(GLANCE);
+        let mut rebuilds = self.presence.rebuilds();
         let end = loop {
             let health = if session.line.blocked() { Health::Blocked } else { Health::Up };
             self.health.send_if_modified(|old| std::mem::replace(old, health) != health);
             tokio::select! {
                 biased;
-                () = stopped(&mut self.stop) => break End::Asked,
+                () = stopped(&mut self.stop) => break End::Asked(*self.stop.borrow()),
+                () = rebuilds.asked() => break End::Rebuild,
                 arrived = session.stream.next() => match arrived {
                     Some(Ok(arrived)) => self.inbox.put(Tag::deliver(arrived, &session.hold)),
                     Some(Err(error)) => break End::Fault(words(&error)),
@@ -263,10 +279,15 @@ impl Sessions {
             }
         };
         match &end {
-            End::Asked => self.wind_up(session).await,
-            End::Fault(_) => {
+            End::Asked(how @ (Stop::No | Stop::GiveBack | Stop::KeepOrder)) => self.wind_up(session, *how).await,
+            // Not cancelled first: then the next in line would be served before what we hold is back.
+            End::Asked(Stop::LetGo) | End::Rebuild | End::Fault(_) => {
                 session.hold.end();
                 self.inbox.forget_stale();
+                if matches!(end, End::Rebuild) {
+                    let cancel = session.channel.basic_cancel(session.tag.clone(), BasicCancelOptions::default());
+                    let _ = tokio::time::timeout(FAREWELL, cancel).await;
+                }
                 // The broker may still count the old consumer; it lets go when the channel closes.
                 let goodbye = session.channel.close(200, "starting over".into());
                 let _ = tokio::time::timeout(STEP_TIMEOUT, goodbye).await;
@@ -276,11 +297,15 @@ impl Sessions {
     }
 
     /// Cancels, gives back what was not handed out, and leaves the channel to the deliveries in hand.
-    async fn wind_up(&self, mut session: Session) {
+    async fn wind_up(&self, mut session: Session, how: Stop) {
         let cancel = session.channel.basic_cancel(session.tag.clone(), BasicCancelOptions::default());
         let cancelled = tokio::time::timeout(STEP_TIMEOUT, cancel).await;
         if !matches!(cancelled, Ok(Ok(()))) {
             return;
+        }
+        if how == Stop::KeepOrder {
+            // It goes back as the channel closes, together with what is in hand.
+            return self.inbox.close();
         }
         let mut rest = self.inbox.drain();
         // The cancel is confirmed: what the stream holds now is all there will be.
