@@ -122,7 +122,6 @@ async fn output(mut command: Command) -> (Option<i32>, String) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "the times are figures that people ask for")]
 async fn an_idle_agent_is_taken_over_from_and_the_queue_keeps_a_consumer() {
     let (mut agent, upstream) = (started().await, Repository::new());
     agent.publish(&Agent::clone_task("before", 1, &upstream, "1_app")).await;
@@ -142,7 +141,6 @@ async fn an_idle_agent_is_taken_over_from_and_the_queue_keeps_a_consumer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "the times are figures that people ask for")]
 async fn under_load_no_task_runs_twice_no_event_is_doubled_and_the_queue_keeps_a_consumer() {
     const TASKS: usize = 120;
     const PROJECTS: usize = 8;

@@ -1,7 +1,5 @@
 //! How a real agent process begins and ends: signals, drain, locks, a queue that is taken.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 #[path = "support/githttp.rs"]
@@ -164,7 +162,6 @@ async fn the_agent_waits_for_a_broker_that_is_not_there_yet() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "the counts are figures that people ask for")]
 async fn after_a_hundred_reconnects_there_is_no_thread_descriptor_or_child_more_than_before() {
     const ROUNDS: usize = 50;
     let rabbit = tokio::task::spawn_blocking(Rabbit::shared).await.unwrap();

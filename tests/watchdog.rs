@@ -67,7 +67,6 @@ async fn state(agent: &Agent, control_id: &str) -> ControlAnswer {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "the time it took is a figure that people ask for")]
 async fn a_consumer_taken_out_of_an_idle_queue_is_noticed_and_made_anew() {
     let rabbit = rabbit().await;
     let (mut agent, upstream) = (Agent::new(rabbit).await, Repository::new());
@@ -90,7 +89,6 @@ async fn a_consumer_taken_out_of_an_idle_queue_is_noticed_and_made_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "the time it took is a figure that people ask for")]
 async fn a_consumer_that_lives_on_as_a_ghost_is_noticed_by_what_it_does_not_get() {
     let rabbit = rabbit().await;
     let (repository, other) = (Upstream::new(), Repository::new());
