@@ -55,7 +55,9 @@ fn main() -> ExitCode {
         Ok(Order::Agent(args)) => check::agent::run(args),
         Ok(Order::Help) => {
             println!("{HELP}");
-            FaultKind::ALL.iter().for_each(|kind| println!("  {}", kind.name()));
+            for kind in FaultKind::ALL {
+                println!("  {}", kind.name());
+            }
             ExitCode::SUCCESS
         }
         Ok(Order::List) => {
@@ -177,6 +179,7 @@ fn judge_again(directory: &Path) -> ExitCode {
         eprintln!("check: {} holds no history", directory.display());
         return ExitCode::from(2);
     }
-    let good = kept.iter().fold(true, |good, place| judged(place) && good);
-    if good { ExitCode::SUCCESS } else { ExitCode::from(FAILED) }
+    // Each is judged and told, also after a bad one.
+    let bad = kept.iter().filter(|place| !judged(place)).count();
+    if bad == 0 { ExitCode::SUCCESS } else { ExitCode::from(FAILED) }
 }

@@ -107,7 +107,6 @@ impl Drop for Fleet {
 
 /// One after the other without a pause, as a script would.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "the times are figures that people ask for")]
 async fn listing_again_and_again_loses_no_dead_letter_and_changes_no_order() {
     let (letters, lists) = (scale("HAUL_DEAD_LETTERS", 1_000), scale("HAUL_DEAD_LISTS", 10));
     let fleet = Arc::new(Fleet::new("lists").await);
@@ -134,7 +133,6 @@ async fn listing_again_and_again_loses_no_dead_letter_and_changes_no_order() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "the rate is a figure that people ask for")]
 async fn a_replay_of_many_keeps_to_its_rate_and_reports_each() {
     let (letters, rate) = (scale("HAUL_DEAD_REPLAYS", 300), scale("HAUL_DEAD_RATE", 100));
     let fleet = Arc::new(Fleet::new("replays").await);
@@ -145,7 +143,7 @@ async fn a_replay_of_many_keeps_to_its_rate_and_reports_each() {
     assert_eq!((told.len(), ids.len()), (letters, letters));
     assert!(told.iter().all(|(_, letter)| letter["outcome"] == "replayed"));
     let whole = told[letters - 1].0 - told[0].0;
-    let due = Duration::from_secs_f64((letters - 1) as f64 / rate as f64);
+    let due = Duration::from_secs(letters as u64 - 1) / u32::try_from(rate).unwrap();
     println!("{letters} letters at {rate}/s in {whole:?}, due in {due:?}");
     assert!(whole > due.mul_f64(0.99), "too fast: {whole:?} instead of {due:?}");
     // A machine that has much else to do is slower; far slower would be another fault.

@@ -267,9 +267,12 @@ fn every_test_that_a_document_names_is_there() {
 /// Every file below `directory` with this ending.
 fn files_of(directory: &Path, ending: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
-    let below = |path: PathBuf| match path.is_dir() {
-        true => files_of(&path, ending),
-        false => Vec::from_iter((path.extension() == Some(ending.as_ref())).then_some(path)),
+    let below = |path: PathBuf| {
+        if path.is_dir() {
+            files_of(&path, ending)
+        } else {
+            (path.extension() == Some(ending.as_ref())).then_some(path).into_iter().collect()
+        }
     };
     entries.flat_map(below).collect()
 }

@@ -110,7 +110,7 @@ impl Scene {
     }
 
     /// The master has seen no refusal, the queue is as it should be, and every message is in it, the old ones first.
-    async fn is_whole(self) -> String {
+    async fn ends_whole(self) -> String {
         self.stop.store(true, Ordering::SeqCst);
         let published = self.publisher.await.expect("a mandatory publish never came back");
         let rabbit = self.haul.rabbit;
@@ -223,7 +223,7 @@ async fn a_wrong_queue_is_made_anew_under_a_master_that_publishes_and_nothing_is
         let run = scene.migrate(&["--json"]).await.ended(0);
         assert_eq!(run.json()["queues"][0]["outcome"], "migrated", "{run:?}");
         scene.migrate(&[]).await.ended(0);
-        println!("{}", scene.is_whole().await);
+        println!("{}", scene.ends_whole().await);
     });
     scenes.buffer_unordered(3).collect::<()>().await;
 }
@@ -237,7 +237,7 @@ async fn a_migration_killed_at_any_step_is_completed_by_the_next_and_nothing_is_
         assert_eq!(killed.code, None, "{killed:?}");
         assert!(killed.err.contains(&format!("killed after step {step}")), "{killed:?}");
         scene.migrate(&[]).await.ended(0);
-        println!("{}", scene.is_whole().await);
+        println!("{}", scene.ends_whole().await);
     });
     scenes.buffer_unordered(6).collect::<()>().await;
 }
@@ -252,7 +252,7 @@ async fn a_migration_killed_again_and_again_is_completed_in_the_end() {
         assert_eq!(killed.code, None, "{killed:?}");
     }
     scene.migrate(&[]).await.ended(0);
-    println!("{}", scene.is_whole().await);
+    println!("{}", scene.ends_whole().await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

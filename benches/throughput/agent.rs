@@ -130,11 +130,9 @@ impl Observe for Counts {
                     say(&format!("received {}", unix_nanos()));
                 }
             }
-            Step::Acked => {
-                if self.acked.fetch_add(1, Ordering::Relaxed) + 1 == self.expect {
-                    let first = self.first.lock().expect("nobody panicked").expect("it was received before");
-                    say(&format!("done {}", first.elapsed().as_nanos()));
-                }
+            Step::Acked if self.acked.fetch_add(1, Ordering::Relaxed) + 1 == self.expect => {
+                let first = self.first.lock().expect("nobody panicked").expect("it was received before");
+                say(&format!("done {}", first.elapsed().as_nanos()));
             }
             _ => {}
         }

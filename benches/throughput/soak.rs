@@ -69,21 +69,21 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
 fn tell(world: &mut World, seen: &[Holds], tasks: u64, lost: u64) {
     let all = tasks * seen.len() as u64;
     let warm = &seen[WARM.min(seen.len()) - 1];
-    let (last, after) = (seen.last().copied().unwrap_or_default(), &seen[WARM.min(seen.len()) - 1..]);
+    let (at_last, after) = (seen.last().copied().unwrap_or_default(), &seen[WARM.min(seen.len()) - 1..]);
     let most = after.iter().map(|holds| holds.resident).max().unwrap_or(0);
     let change = |to: u64| (to as f64 / warm.resident as f64 - 1.0) * 100.0;
     world.fact(format!(
         "soak: {all} tasks and {lost} lost connections: {:.1} MB resident after the first tenth, {:.1} MB at the end \
          ({:+.1} %), {:.1} MB at most ({:+.1} %)",
         process::megabytes(warm.resident),
-        process::megabytes(last.resident),
-        change(last.resident),
+        process::megabytes(at_last.resident),
+        change(at_last.resident),
         process::megabytes(most),
         change(most),
     ));
     world.fact(format!(
         "soak: threads {} → {}, descriptors {} → {}, children {} → {}",
-        warm.threads, last.threads, warm.descriptors, last.descriptors, warm.children, last.children
+        warm.threads, at_last.threads, warm.descriptors, at_last.descriptors, warm.children, at_last.children
     ));
     if let Some(out) = &world.arguments.out {
         fs::create_dir_all(out).expect("the results can be written");

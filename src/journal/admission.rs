@@ -319,13 +319,13 @@ mod tests {
     fn a_task_that_comes_again_is_run_where_its_released_copy_is_long_overdue() {
         let mut page = Page::default();
         admit(&mut page, &sighting());
-        page.begin(0, 1, "b1");
+        page.begin(0, 1, "b1", false);
         page.release(0, 2, at(5));
         let again = |seconds| Sighting { now: at(seconds), ..sighting() };
         assert_eq!(admit(&mut page, &again(60)), Admission::Released);
         let admission = admit(&mut page, &again(66));
         assert!(matches!(admission, Admission::Fresh(Ticket { attempt: 2, .. })), "{admission:?}");
-        page.begin(0, 2, "b1");
+        page.begin(0, 2, "b1", false);
         page.release(0, 3, at(70));
         let late = Sighting { attempt: 2, ..again(71) };
         assert_eq!(admit(&mut page, &late), Admission::Released, "the copy came after all");

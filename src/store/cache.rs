@@ -18,7 +18,7 @@ impl State {
             Request::Step { task, .. } if !self.live.contains_key(task) => Some(task),
             _ => None,
         });
-        BTreeSet::from_iter(asked).into_iter().cloned().collect()
+        asked.collect::<BTreeSet<_>>().into_iter().cloned().collect()
     }
 
     /// Reads their pages, in one question.

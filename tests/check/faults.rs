@@ -51,11 +51,11 @@ impl World {
             done = self.inject(planned, member).await;
         }
         let node = of_one_node(planned.kind).then(|| member.name.clone());
-        let (done, note) = match done {
-            Ok(note) => (true, note),
+        let (done, told) = match done {
+            Ok(what) => (true, what),
             Err(refusal) => (false, refusal),
         };
-        self.history.add(&Record::Fault(Fault { at, until: now(), kind: planned.kind, node, done, note }));
+        self.history.add(&Record::Fault(Fault { at, until: now(), kind: planned.kind, node, done, note: told }));
     }
 
     async fn inject(&self, planned: Planned, member: &Arc<Member>) -> Result<String, String> {

@@ -212,6 +212,7 @@ pub(crate) enum Step {
 }
 
 /// A project on a node's disk.
+#[expect(clippy::struct_field_names, reason = "it is the id that tasks carry under this name")]
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Project {
     pub(crate) node: String,

@@ -54,10 +54,9 @@ pub(crate) async fn run(options: &Options, work: Work, broker: &BrokerNode, dire
     let history = Arc::new(History::create(directory).map_err(|error| error.to_string())?);
     let prefix = format!("check-{}", if work == Work::Ledger { "ledger" } else { "git" });
     let (tasks, faults) = match work {
-        Work::Ledger => (options.tasks, options.faults),
         // Real work is slow work: it is there for its children.
         Work::Git if options.works.len() > 1 => ((options.tasks / 50).clamp(40, 1000), (options.faults / 3).min(40)),
-        Work::Git => (options.tasks, options.faults),
+        Work::Ledger | Work::Git => (options.tasks, options.faults),
     };
     let master = Master::start(broker.rabbit(), Names::new(prefix.as_str()), history.clone()).await?;
     let version = master.broker.about().await.ok().and_then(|about| about.version).unwrap_or_default();

@@ -22,11 +22,10 @@ const fn weight(kind: FaultKind, work: Work) -> usize {
     use FaultKind as K;
     match (work, kind) {
         (Work::Git, K::ChildKilled) => 8,
-        (Work::Ledger, K::ChildKilled) => 0,
         (_, K::AgentKilled) => 5,
         (_, K::AgentStopped | K::AgentFrozen | K::ConnectionReset) => 3,
-        // Real agents have the same way to the broker; what they add is their children.
-        (Work::Git, _) => 0,
+        // Real agents have the same way to the broker; what they add is their children, and those of a ledger have none.
+        (Work::Git, _) | (Work::Ledger, K::ChildKilled) => 0,
         (_, K::BrokerRestarted | K::BrokerKilled | K::BrokerAppStopped | K::MemoryAlarm | K::DiskAlarm) => 1,
         (_, K::JournalLost | K::QueueDeleted | K::DlxMissing | K::DeadQueueFull) => 2,
         (_, K::HalfOpen | K::Stall | K::Trickle | K::Latency | K::ConnectionsClosed | K::DeadReplayed) => 3,

@@ -1,6 +1,6 @@
 //! Chance that repeats by its seed, on every machine and with every version of every library.
 
-/// A stream of numbers (SplitMix64).
+/// A stream of numbers (`SplitMix64`).
 #[derive(Clone, Debug)]
 pub(crate) struct Chance(u64);
 

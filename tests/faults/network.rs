@@ -31,6 +31,7 @@ async fn connections_that_were_reset() {
 }
 
 /// Given up within three heartbeats, and consuming within 15 s on another.
+#[expect(clippy::print_stdout, reason = "the time is a figure that people ask for")]
 async fn half_open(stall: impl Fn(&Proxy)) {
     let (_together, rabbit) = together().await;
     let proxy = Proxy::start(rabbit).await;

@@ -71,7 +71,6 @@ async fn connections_that_the_broker_closed() {
 
 /// What was unsettled when the broker went comes again: that is the first delivery, and nobody has to publish it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "the times are figures that people ask for")]
 async fn the_first_delivery_after_a_restart_comes_within_3_s() {
     let (_alone, rabbit) = alone().await;
     let restarts = std::env::var("HAUL_RESTARTS").map_or(RESTARTS, |text| text.parse().expect("a number"));

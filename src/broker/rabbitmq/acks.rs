@@ -183,14 +183,14 @@ mod tests {
 
     #[test]
     fn a_run_without_gaps_is_acknowledged_by_its_last_tag() {
-        let mut in_hand = BTreeSet::from_iter(1..=9);
+        let mut in_hand = (1..=9).collect::<BTreeSet<u64>>();
         assert_eq!(planned(&mut in_hand, &[3, 1, 2]), Plan { up_to: Some(3), single: vec![] });
-        assert_eq!(in_hand, BTreeSet::from_iter(4..=9));
+        assert_eq!(in_hand, (4..=9).collect::<BTreeSet<u64>>());
     }
 
     #[test]
     fn what_is_behind_a_delivery_in_hand_is_acknowledged_one_by_one() {
-        let mut in_hand = BTreeSet::from_iter(1..=6);
+        let mut in_hand = (1..=6).collect::<BTreeSet<u64>>();
         assert_eq!(planned(&mut in_hand, &[2, 3, 5]), Plan { up_to: None, single: vec![2, 3, 5] });
         assert_eq!(planned(&mut in_hand, &[1, 4]), Plan { up_to: Some(4), single: vec![] }, "the gaps are settled");
         assert_eq!(planned(&mut in_hand, &[6]), Plan { up_to: None, single: vec![6] });
@@ -202,7 +202,7 @@ mod tests {
             batches in prop::collection::vec(prop::collection::btree_set(1_u64..60, 1..20), 1..30),
         ) {
             // As the broker sees it: a frame for all up to a tag takes everything below it that it still has.
-            let (mut in_hand, mut broker) = (BTreeSet::from_iter(1..60), BTreeSet::from_iter(1..60));
+            let (mut in_hand, mut broker) = ((1..60).collect::<BTreeSet<u64>>(), (1..60).collect::<BTreeSet<u64>>());
             for batch in batches {
                 let asked: BTreeSet<u64> = batch.intersection(&in_hand).copied().collect();
                 let before = broker.clone();

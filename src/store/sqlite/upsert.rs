@@ -106,7 +106,7 @@ impl Statement {
              running = excluded.running, body = excluded.body, sum = excluded.sum;",
             listed("(?,?,?,?,?,?,?,?)", rows)
         );
-        let noted = format!(
+        let memos = format!(
             "INSERT INTO note (name, value, sum) SELECT column1, column2, column3
              FROM (VALUES {}) WHERE column2 IS NOT NULL
              ON CONFLICT (name) DO UPDATE SET value = excluded.value, sum = excluded.sum;
@@ -114,7 +114,7 @@ impl Statement {
             listed("(?,?,?)", NOTES_AT_ONCE),
             listed("?", NOTES_AT_ONCE)
         );
-        let parts = [(whole, "BEGIN IMMEDIATE;"), (rows > 0, &entries), (notes, &noted), (whole, "COMMIT;")];
+        let parts = [(whole, "BEGIN IMMEDIATE;"), (rows > 0, &entries), (notes, &memos), (whole, "COMMIT;")];
         let sql = parts.into_iter().filter(|(wanted, _)| *wanted).map(|(_, part)| part).collect();
         Self { sql, rows, notes }
     }

@@ -25,17 +25,17 @@ pub(super) fn judge(facts: &Facts<'_>, verdict: &mut Verdict) {
             if let Some((started, end)) = before
                 && !is_next_attempt(end, line)
             {
-                match facts.agent_ended(life.node, started.at, line.at).filter(|_| started.boot != line.boot) {
-                    Some(cause) => *verdict.repeated.entry(cause).or_default() += 1,
-                    None => {
-                        let ended = end.map(|end| end.step);
-                        let attempts = (started.attempt, line.attempt);
-                        let text = format!(
-                            "task {task} round {round} of {} was executed again, attempts {attempts:?}, after {ended:?}",
-                            life.node
-                        );
-                        verdict.find(Crime::Unexplained, text);
-                    }
+                let cause = facts.agent_ended(life.node, started.at, line.at).filter(|_| started.boot != line.boot);
+                if let Some(cause) = cause {
+                    *verdict.repeated.entry(cause).or_default() += 1;
+                } else {
+                    let ended = end.map(|end| end.step);
+                    let attempts = (started.attempt, line.attempt);
+                    let text = format!(
+                        "task {task} round {round} of {} was executed again, attempts {attempts:?}, after {ended:?}",
+                        life.node
+                    );
+                    verdict.find(Crime::Unexplained, text);
                 }
             }
             before = Some((line, None));
