@@ -16,6 +16,7 @@ mod lane;
 mod link;
 mod looks;
 mod news;
+mod request;
 mod session;
 mod silence;
 mod waits;
@@ -32,9 +33,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub use self::admin::{Admin, Poured, exists_otherwise};
 use self::{
     dial::Target,
-    lane::{Lane, Request},
+    lane::Lane,
     link::{Line, Link, Source, State},
     looks::Looks,
+    request::Request,
     session::Sessions,
 };
 use super::{

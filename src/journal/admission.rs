@@ -173,7 +173,10 @@ impl Entry {
         }
         let waits_for = |clone: &&WaitingClone| {
             let overdue = SignedDuration::try_from(OVERDUE).unwrap_or(SignedDuration::ZERO);
-            clone.place.is_older_than(ticket.place)
+            // One that is no newer than what was applied is done, or pointless: a journal that was set aside may not know.
+            let is_ahead = sighting.mark.is_none_or(|mark| mark.is_older_than(clone.place));
+            is_ahead
+                && clone.place.is_older_than(ticket.place)
                 && clone.until.saturating_add(overdue).is_ok_and(|t| sighting.now < t)
         };
         // A later clone or delete makes the waiting one pointless and need not wait for it.
@@ -487,5 +490,16 @@ mod tests {
         assert!(matches!(Page::default().admit(&earlier, &[clone]).0, Admission::Fresh(_)));
         let delete = Sighting { kind: Kind::Delete, ..sighting() };
         assert!(matches!(Page::default().admit(&delete, &[clone]).0, Admission::Fresh(_)));
+    }
+
+    #[test]
+    fn a_clone_that_was_applied_is_not_waited_for_whatever_the_journal_still_says_of_it() {
+        let clone = WaitingClone { place: Place { generation: Some(5), arrived: 50 }, until: at(10) };
+        let pull = |mark| Sighting { kind: Kind::Pull, generation: Some(6), mark, ..sighting() };
+        let before = Some(Place { generation: Some(4), arrived: 40 });
+        for (mark, waits) in [(None, true), (before, true), (Some(clone.place), false)] {
+            let (admission, _) = Page::default().admit(&pull(mark), &[clone]);
+            assert_eq!(matches!(admission, Admission::Behind(_)), waits, "{mark:?}: {admission:?}");
+        }
     }
 }

@@ -31,12 +31,9 @@ async fn a_dead_letter_exchange_that_is_missing_when_a_task_fails() {
     assert_eq!(agent.end("fine", 0).await.status, Status::Succeeded);
     // First the letter, then the word of the end.
     assert!(agent.terminal_states("fails-0", 0).is_empty());
-    // The debt outlives the agent.
+    // The debt outlives the agent, which makes what is missing as it starts, where it may.
     agent.kill().await;
     agent.start(&[]);
-    agent.ready().await;
-    assert!(agent.terminal_states("fails-0", 0).is_empty());
-    agent.master.declare(&agent.names.shared_topology(&agent.names.master_event())).await.unwrap();
     assert_eq!(agent.end("fails-0", 0).await.status, Status::Failed);
     agent.dead_letters(1).await;
     agent.drained().await;

@@ -8,16 +8,15 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     future::poll_fn,
-    hash::{DefaultHasher, Hash, Hasher},
     pin::Pin,
     sync::{Arc, Weak},
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use lapin::{Channel, Confirmation, ErrorKind, message::BasicReturnMessage, options::BasicPublishOptions};
+use lapin::{Channel, Confirmation, ErrorKind, options::BasicPublishOptions};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     time::Instant,
 };
 
@@ -26,6 +25,7 @@ use super::{
     dial::words,
     link::{self, Line, State},
     news::{News, Number},
+    request::Request,
     waits::Waits,
 };
 use crate::broker::{Outgoing, PublishError};
@@ -38,44 +38,6 @@ const SHED_INTERVAL: Duration = Duration::from_millis(250);
 const GRACE: Duration = Duration::from_millis(50);
 /// For the broker's answer to a new channel.
 const OPENING: Duration = Duration::from_secs(10);
-
-/// A publish and who waits for it.
-pub(super) struct Request {
-    pub(super) outgoing: Outgoing,
-    pub(super) reply: oneshot::Sender<Result<(), PublishError>>,
-}
-
-impl Request {
-    fn abandoned(&self) -> bool {
-        self.reply.is_closed()
-    }
-
-    /// Whether a returned message is this one.
-    fn is(&self, returned: &BasicReturnMessage) -> bool {
-        let id = returned.properties.message_id();
-        self.outgoing.exchange == returned.exchange.as_str()
-            && self.outgoing.routing_key == returned.routing_key.as_str()
-            && self.outgoing.message.message_id.as_deref().map(convert::cut) == *id
-    }
-
-    /// What a return tells of it: returns cannot tell two of the same face apart.
-    fn face(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        let outgoing = &self.outgoing;
-        (&outgoing.message.message_id, &outgoing.exchange, &outgoing.routing_key).hash(&mut hasher);
-        hasher.finish()
-    }
-
-    fn answer(self, verdict: Result<(), PublishError>) {
-        // Nobody waits for it any more: the time was up.
-        let _ = self.reply.send(verdict);
-    }
-
-    fn forbidden(self, reason: &str) {
-        let exchange = self.outgoing.exchange.clone();
-        self.answer(Err(PublishError::Forbidden { exchange, reason: reason.to_owned() }));
-    }
-}
 
 type Confirm = Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>;
 

@@ -317,5 +317,9 @@ impl Sessions {
                 return;
             }
         }
+        // An answer on this channel comes after what was given back on it is with the queue: whoever consumes next, on
+        // another one, finds it there.
+        let asked = session.channel.basic_qos(self.consume.prefetch, BasicQosOptions::default());
+        let _ = tokio::time::timeout(STEP_TIMEOUT, asked).await;
     }
 }
