@@ -153,13 +153,22 @@ impl Worker {
             let watch = AbortOnDropHandle::new(tokio::spawn(watch));
             let ended = self.take_until(&mut consumer).await;
             drop(watch);
+            if ended == Ended::CautionOver {
+                // The one delivery is settled, and with it nothing more is in hand.
+                self.handling.close();
+                self.handling.wait().await;
+                self.handling.reopen();
+            }
             // What was not handed out goes back by this; what is in hand can still be settled.
             consumer.end(match ended {
                 // Nothing runs, and somebody is next in line.
                 Ended::Stopping if self.left.load(Ordering::SeqCst) => Stop::LetGo,
+                // Nothing runs here either, and we are next ourselves. A consumer that is cancelled may be given one more
+                // that it never sees, and the next would be served before that is back.
+                Ended::CautionOver => Stop::LetGo,
                 // A pull that waits behind its clone must not come first at the next start.
                 Ended::Stopping => Stop::KeepOrder,
-                Ended::Paused | Ended::Trouble | Ended::CautionOver => Stop::GiveBack,
+                Ended::Paused | Ended::Trouble => Stop::GiveBack,
             });
             if ended != Ended::Stopping {
                 // Before it is back the next consumer would be given what is behind it.
@@ -169,12 +178,6 @@ impl Worker {
             drop(consumer);
             self.readiness.send_modify(|readiness| readiness.consuming = false);
             tracing::info!(reason = ?ended, "not consuming");
-            if ended == Ended::CautionOver {
-                // The one delivery is settled; its channel can close before the next, wider one opens.
-                self.handling.close();
-                self.handling.wait().await;
-                self.handling.reopen();
-            }
         }
         // Its writer broke down. Nothing can be done for it in this process: the next one begins anew.
         if self.journal.is_closed() { Err(JournalError::Closed.into()) } else { Ok(()) }
