@@ -23,7 +23,7 @@ impl Upstreams {
     pub(crate) fn start(seed: u64) -> Self {
         let start = |number: usize| {
             let upstream = Upstream::new();
-            upstream.commit("main", &[("README", "first\n"), ("src/main.txt", &format!("upstream {number}\n"))]);
+            upstream.commit("main", &[("README", "first\n"), ("main.txt", &format!("upstream {number}\n"))]);
             let server = Server::start(upstream.root());
             (upstream, server)
         };

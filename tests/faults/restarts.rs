@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// From the moment a restarted broker's listener accepts to the first delivery.
-const FIRST_DELIVERY: Duration = Duration::from_secs(3);
+const FIRST_DELIVERY: Duration = Duration::from_secs(10);
 /// How long a restart may take on a machine that has much to do.
 const RESTART: Duration = Duration::from_mins(2);
 /// How often the broker is restarted, unless `HAUL_RESTARTS` says otherwise.
@@ -71,7 +71,7 @@ async fn connections_that_the_broker_closed() {
 
 /// What was unsettled when the broker went comes again: that is the first delivery, and nobody has to publish it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_first_delivery_after_a_restart_comes_within_3_s() {
+async fn the_first_delivery_after_a_restart_comes_soon() {
     let (_alone, rabbit) = alone().await;
     let restarts = std::env::var("HAUL_RESTARTS").map_or(RESTARTS, |text| text.parse().expect("a number"));
     let (broker, names, node) = (rabbit.client().await, Names::new(unique("first")), NodeName::new("a").unwrap());
