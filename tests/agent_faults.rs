@@ -438,16 +438,22 @@ async fn deaths_at(agent: &mut Agent, step: Step) -> usize {
     panic!("it dies of it for ever:\n{}", agent.log());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_that_kills_the_agent_before_it_is_read_is_dead_lettered_after_a_few_starts() {
-    let upstream = Repository::new();
+/// An agent that has ended, with a task in its queue that shall be the death of it.
+async fn with_poison_ahead(upstream: &Repository) -> Agent {
     let mut agent = Agent::new(Rabbit::shared()).await;
     // Makes the node's queue.
     agent.start(&[]);
     agent.ready().await;
     agent.signal(Signal::TERM);
     agent.ended().await;
-    agent.publish(&Agent::clone_task("poison", 1, &upstream, "1_app")).await;
+    agent.publish(&Agent::clone_task("poison", 1, upstream, "1_app")).await;
+    agent
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_kills_the_agent_before_it_is_read_is_dead_lettered_after_a_few_starts() {
+    let upstream = Repository::new();
+    let mut agent = with_poison_ahead(&upstream).await;
     // Two until one delivery is taken at a time, and three of those.
     assert_eq!(deaths_at(&mut agent, Step::Received).await, 5);
     assert!(agent.log().contains("without a look"), "{}", agent.log());
@@ -461,12 +467,7 @@ async fn a_message_that_kills_the_agent_before_it_is_read_is_dead_lettered_after
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_that_kills_the_agent_before_it_runs_ends_as_crashed_after_a_few_starts() {
     let upstream = Repository::new();
-    let mut agent = Agent::new(Rabbit::shared()).await;
-    agent.start(&[]);
-    agent.ready().await;
-    agent.signal(Signal::TERM);
-    agent.ended().await;
-    agent.publish(&Agent::clone_task("poison", 1, &upstream, "1_app")).await;
+    let mut agent = with_poison_ahead(&upstream).await;
     assert_eq!(deaths_at(&mut agent, Step::Admitted).await, 5);
     let end = agent.end("poison", 0).await;
     assert_eq!((end.status, end.error.unwrap().class), (Status::Failed, ErrorClass::Crashed));

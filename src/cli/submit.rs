@@ -14,7 +14,7 @@ use super::{connect, error::CliError, follow::Following, output, wait};
 use crate::{
     config::Config,
     master::{Client, ClientSettings, Interest, Patience, Reconciler, ReconcilerSettings, Submission, TaskRow},
-    protocol::{Kind, NodeName, OnConflict, Priority, ProjectId, TaskId, TaskMessage, VERSION},
+    protocol::{Kind, NodeName, OnConflict, Priority, ProjectId, TaskId, TaskMessage},
     shutdown::exit,
 };
 
@@ -187,29 +187,14 @@ pub(super) fn words<T: DeserializeOwned + Clone + Send + Sync + 'static>(
 
 impl TaskArgs {
     fn message(&self, kind: Kind) -> TaskMessage {
+        let task_id = self.task_id.clone().unwrap_or_else(TaskId::random);
         TaskMessage {
-            v: VERSION,
-            task_id: self.task_id.clone().unwrap_or_else(TaskId::random),
-            kind,
-            project_id: self.project_id,
             generation: self.generation,
-            git_url: None,
-            branch: None,
-            tag: None,
-            commit: None,
-            expect_commit: None,
-            depth: None,
-            single_branch: None,
-            submodules: None,
-            lfs: None,
-            owner: None,
-            target_path: None,
-            credential: None,
             timeout_secs: self.timeout_secs,
             stall_secs: self.stall_secs,
             priority: self.priority,
             not_after: self.not_after,
-            on_conflict: None,
+            ..TaskMessage::new(kind, self.project_id, task_id)
         }
     }
 }

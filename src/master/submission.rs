@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     failure::Failure,
     protocol::{
-        GitUrl, Kind, OnConflict, Priority, ProjectId, Task, TaskId, TaskMessage, VERSION,
+        GitUrl, Kind, OnConflict, Priority, ProjectId, Task, TaskId, TaskMessage,
         wire::{Message, header},
     },
 };
@@ -153,30 +153,7 @@ impl From<Submission> for Kept {
 
 impl<K> Draft<K> {
     fn new(kind: Kind, project_id: ProjectId) -> Self {
-        let task = TaskMessage {
-            v: VERSION,
-            task_id: TaskId::random(),
-            kind,
-            project_id,
-            generation: None,
-            git_url: None,
-            branch: None,
-            tag: None,
-            commit: None,
-            expect_commit: None,
-            depth: None,
-            single_branch: None,
-            submodules: None,
-            lfs: None,
-            owner: None,
-            target_path: None,
-            credential: None,
-            timeout_secs: None,
-            stall_secs: None,
-            priority: None,
-            not_after: None,
-            on_conflict: None,
-        };
+        let task = TaskMessage::new(kind, project_id, TaskId::random());
         Self { task, traceparent: None, kind: PhantomData }
     }
 

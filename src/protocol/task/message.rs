@@ -111,6 +111,37 @@ pub struct TaskMessage {
     pub on_conflict: Option<OnConflict>,
 }
 
+impl TaskMessage {
+    /// A task of the current version that asks for nothing but its kind.
+    #[must_use]
+    pub fn new(kind: Kind, project_id: ProjectId, task_id: TaskId) -> Self {
+        Self {
+            v: VERSION,
+            task_id,
+            kind,
+            project_id,
+            generation: None,
+            git_url: None,
+            branch: None,
+            tag: None,
+            commit: None,
+            expect_commit: None,
+            depth: None,
+            single_branch: None,
+            submodules: None,
+            lfs: None,
+            owner: None,
+            target_path: None,
+            credential: None,
+            timeout_secs: None,
+            stall_secs: None,
+            priority: None,
+            not_after: None,
+            on_conflict: None,
+        }
+    }
+}
+
 impl TryFrom<TaskMessage> for Task {
     type Error = Failure;
 
