@@ -130,7 +130,7 @@ pub struct Worker {
     /// Tasks in hand that wait for their turn.
     parked: AtomicUsize,
     /// Who asked for a drain, to be told when it is done.
-    drains: Mutex<Vec<Option<String>>>,
+    drains: Mutex<Vec<control::Draining>>,
 }
 
 /// How a message's path was gone to its end.

@@ -104,7 +104,7 @@ async fn two_hundred_pulls_beside_a_hostile_writer_lose_nothing_and_leave_what_i
     let whose = if owner().is_some() { "the owner" } else { "the agent's own user" };
     println!("{PULLS} pulls, the slowest {slowest:?}, ended as {ends:?}; {} steps of {whose}", writer.steps);
     assert!(writer.steps > PULLS / 4, "a writer that rests is not hostile: {}", writer.steps);
-    assert!(slowest < Duration::from_secs(15), "a pull took {slowest:?}");
+    assert!(slowest < Duration::from_secs(40), "a pull took {slowest:?}");
     let through = ["updated", "nothing new"].iter().filter_map(|end| ends.get(*end)).sum::<u32>();
     assert!(through > 0, "no pull ever came through: {ends:?}");
 

@@ -459,6 +459,16 @@ async fn a_drain_finishes_what_runs_and_gives_back_the_rest_without_charging_it(
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_end_of_a_drain_is_told_after_its_begin_however_slow_that_is_to_publish() {
+    let mut pipeline = Pipeline::start().await;
+    pipeline.slow_down(".control.draining");
+    pipeline.control(json!({"v": 1, "command": "drain"})).await;
+    pipeline.ended().await;
+    pipeline.answered("drained").await;
+    assert_eq!(pipeline.answers(), ["draining", "drained"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_second_signal_ends_what_runs_and_charges_it_nothing() {
     let mut pipeline = Pipeline::start().await;
     for _ in 0..4 {

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
@@ -23,6 +23,9 @@ use crate::{
 
 /// How long to wait before the control queue is tried again.
 const AGAIN: Duration = Duration::from_secs(5);
+
+/// Who asked for a drain, by `control_id`, and the publish that says it has begun: `drained` must not overtake it.
+pub(super) type Draining = (Option<String>, JoinHandle<()>);
 
 impl Worker {
     /// Follows the control queue. Its trouble lowers readiness and never stops tasks.
@@ -101,22 +104,22 @@ impl Worker {
     async fn drain(&self, message: ControlMessage, delivery: Delivery) {
         let mut answer = self.reporter.answer("draining", Some(message.command), None);
         answer.control_id.clone_from(&message.control_id);
-        self.reporter.send_answer(&answer);
+        let said = self.reporter.send_answer(&answer);
         let _ = delivery.ack().await;
-        self.drains().push(message.control_id);
+        self.drains().push((message.control_id, said));
         self.soft.cancel();
     }
 
     /// Tells who asked for a drain that nothing runs any more.
     pub(super) fn say_drained(&self) {
-        for control_id in std::mem::take(&mut *self.drains()) {
+        for (control_id, said) in std::mem::take(&mut *self.drains()) {
             let mut answer = self.reporter.answer("drained", Some(ControlCommand::Drain), None);
             answer.control_id = control_id;
-            self.reporter.send_answer(&answer);
+            self.reporter.send_answer_after(said, &answer);
         }
     }
 
-    fn drains(&self) -> MutexGuard<'_, Vec<Option<String>>> {
+    fn drains(&self) -> MutexGuard<'_, Vec<Draining>> {
         self.drains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
 use super::Clock;
@@ -141,11 +142,24 @@ impl Reporter {
         }
     }
 
-    /// Publishes a control answer; nobody waits for it.
-    pub(super) fn send_answer(&self, answer: &ControlAnswer) {
+    /// Publishes a control answer; nobody needs to wait for it.
+    pub(super) fn send_answer(&self, answer: &ControlAnswer) -> JoinHandle<()> {
+        self.background.spawn(self.publish(self.answered(answer), false))
+    }
+
+    /// Publishes a control answer once the one before it is out, or lost.
+    pub(super) fn send_answer_after(&self, before: JoinHandle<()>, answer: &ControlAnswer) {
+        let publish = self.publish(self.answered(answer), false);
+        self.background.spawn(async move {
+            let _ = before.await;
+            publish.await;
+        });
+    }
+
+    fn answered(&self, answer: &ControlAnswer) -> Envelope {
         let message = Message::json(answer, &answer.event_id, format!("control.{}", answer.answer), self.clock.now());
         let routing_key = format!("{}.control.{}", self.origin.node, answer.answer);
-        self.publish_soon(Envelope { exchange: self.names.event(), routing_key, message }, false);
+        Envelope { exchange: self.names.event(), routing_key, message }
     }
 
     fn event(&self, about: &About<'_>, status: Status) -> Event {
@@ -181,8 +195,12 @@ impl Reporter {
 
     /// Publishes what no task waits for; a loss is logged, never repaired.
     fn publish_soon(&self, envelope: Envelope, mandatory: bool) {
+        self.background.spawn(self.publish(envelope, mandatory));
+    }
+
+    fn publish(&self, envelope: Envelope, mandatory: bool) -> impl Future<Output = ()> + Send + use<> {
         let broker = self.broker.clone();
-        self.background.spawn(async move {
+        async move {
             let Envelope { exchange, routing_key, message } = envelope;
             let outgoing = Outgoing { exchange, routing_key, message, mandatory };
             match broker.publish(outgoing).await {
@@ -192,7 +210,7 @@ impl Reporter {
                 }
                 Err(error) => tracing::warn!(error = %error, "event lost"),
             }
-        });
+        }
     }
 }
 

@@ -236,8 +236,8 @@ pub(crate) async fn execute(executor: &GitExecutor, job: &Job) -> Result<TaskRes
     executor.admit(&job.task)?;
     let run = Run {
         deadline: tokio::time::Instant::now() + Duration::from_secs(50),
-        // The agent's own limit among a user's files is ten; here nothing is that slow.
-        stall: Duration::from_secs(3),
+        // The agent's own limit among a user's files. Nothing here comes near it, but for a disk that others keep busy.
+        stall: Duration::from_secs(10),
         cancel: CancellationToken::new(),
         progress: &|_| (),
         fence: &Always,

@@ -231,6 +231,7 @@ pub struct Pipeline {
     rows: Arc<tokio::sync::Mutex<MemoryRows>>,
     full: Arc<AtomicBool>,
     damaged: Arc<AtomicBool>,
+    slow: Slow,
     clock: Clock,
     /// Seconds that the wall clock was put forward.
     ahead: Arc<AtomicI64>,
@@ -279,6 +280,7 @@ impl Pipeline {
             rows: Arc::new(tokio::sync::Mutex::new(rows)),
             full,
             damaged: Arc::default(),
+            slow: Arc::default(),
             clock,
             ahead,
             boots: AtomicU64::new(0),
@@ -304,7 +306,11 @@ impl Pipeline {
                 ghost_limit: Duration::from_secs(12),
                 force: false,
             },
-            broker: Arc::new(MortalBroker { broker: self.broker.clone(), dead: dead.clone() }),
+            broker: Arc::new(MortalBroker {
+                broker: self.broker.clone(),
+                dead: dead.clone(),
+                slow: self.slow.clone(),
+            }),
             journal: self.journal(dead).await,
             executor: self.executor.clone(),
             observer: self.steps.clone(),
@@ -563,6 +569,16 @@ impl Pipeline {
         event
     }
 
+    /// Lets every publish under routing keys that end so take a second.
+    pub fn slow_down(&self, routing_keys: &str) {
+        *self.slow.lock().unwrap() = Some(routing_keys.to_owned());
+    }
+
+    /// The control answers so far.
+    pub fn answers(&self) -> Vec<String> {
+        self.seen.lock().unwrap().answers.iter().map(|answer| answer.answer.clone()).collect()
+    }
+
     /// Waits for a control answer.
     pub async fn answered(&self, answer: &str) -> ControlAnswer {
         self.until(&format!("the answer {answer}"), || {
@@ -672,10 +688,14 @@ async fn subscribe(broker: &Memory, queue: String, seen: Arc<Mutex<Seen>>, news:
     })
 }
 
+/// The end of the routing keys whose publishes take long.
+type Slow = Arc<Mutex<Option<String>>>;
+
 /// A broker's connection of a process that may be gone.
 struct MortalBroker {
     broker: Memory,
     dead: Arc<AtomicBool>,
+    slow: Slow,
 }
 
 #[async_trait]
@@ -683,6 +703,10 @@ impl Broker for MortalBroker {
     async fn publish(&self, outgoing: Outgoing) -> Result<(), PublishError> {
         if self.dead.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;
+        }
+        let slow = self.slow.lock().unwrap().clone();
+        if slow.is_some_and(|slow| outgoing.routing_key.ends_with(&slow)) {
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
         self.broker.publish(outgoing).await
     }

@@ -227,7 +227,7 @@ async fn attempt(scene: &Scene, payload: &Payload, number: usize) -> Result<(Bit
         return wrong("its program was run".to_owned());
     }
     assert_untouched(&before, &snapshot(&outside), payload.name);
-    if took > Duration::from_secs(20) {
+    if took > Duration::from_secs(40) {
         return wrong(format!("took {took:?}"));
     }
     blocking::thaw(&project);
