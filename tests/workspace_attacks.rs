@@ -27,6 +27,8 @@ mod mirror;
 mod programs;
 #[path = "hostile/scene.rs"]
 mod scene;
+#[path = "workspace_attacks/slow.rs"]
+mod slow;
 #[path = "workspace_attacks/table.rs"]
 mod table;
 #[path = "hostile/trace.rs"]
@@ -66,6 +68,11 @@ fn the_same_holds_for_an_owner_without_privileges() {
 async fn unguarded_calls_of_libgit2_do_no_harm_in_a_project_that_nobody_altered() {
     unguarded::perform();
     table::healthy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_others_keep_busy_is_not_taken_for_an_altered_workspace() {
+    slow::run().await;
 }
 
 #[test]

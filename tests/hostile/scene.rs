@@ -31,7 +31,7 @@ pub(crate) const USER: u32 = 20_001;
 /// The program whose children work, where a test was started anew as another user.
 pub(crate) const PROGRAM: &str = "HAUL_TEST_PROGRAM";
 
-struct Always;
+pub(crate) struct Always;
 
 #[async_trait]
 impl Fence for Always {

@@ -306,11 +306,7 @@ impl Pipeline {
                 ghost_limit: Duration::from_secs(12),
                 force: false,
             },
-            broker: Arc::new(MortalBroker {
-                broker: self.broker.clone(),
-                dead: dead.clone(),
-                slow: self.slow.clone(),
-            }),
+            broker: Arc::new(MortalBroker { broker: self.broker.clone(), dead: dead.clone(), slow: self.slow.clone() }),
             journal: self.journal(dead).await,
             executor: self.executor.clone(),
             observer: self.steps.clone(),

@@ -15,6 +15,7 @@ use super::{
     guard::{altered, among},
     open::fault,
     plan::{self, Change, Found, Side},
+    pulse,
     waiting::Waiting,
 };
 use crate::{
@@ -118,7 +119,7 @@ pub(super) fn apply(
             moved();
         }
     }
-    Ok(rustix::fs::syncfs(root).map_err(std::io::Error::from)?)
+    pulse::flush(root)
 }
 
 fn remove(root: &Dir, waiting: &Waiting, change: &Change) -> Result<(), Failure> {

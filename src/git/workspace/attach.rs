@@ -26,6 +26,7 @@ use super::{
     guard::{altered, among},
     look::boundary,
     open::{fault, open},
+    pulse,
     receive::Chunks,
     waiting::{self, Waiting},
 };
@@ -85,7 +86,7 @@ fn attach(directory: &Dir, repo: &Repository, order: &Attach, reporter: &Reporte
         parents_are_here(&odb, oid)?;
     }
     // Nothing that leads to an object is to outlive it.
-    rustix::fs::syncfs(directory).map_err(io::Error::from)?;
+    pulse::flush(directory)?;
     reporter.step();
     write_refs(repo, &waiting, order, reporter)?;
     if !order.shallow.is_empty() && !waiting.remove_shallow(as_written)? {

@@ -22,7 +22,7 @@ use super::{
     look::{Head, head},
     open::{fault, open},
     plan::{self, Change, Side},
-    receive,
+    pulse, receive,
     waiting::{self, Waiting},
     walk::Budget,
 };
@@ -223,7 +223,7 @@ impl Work<'_> {
         let stage = Stage::new(self.repo, self.waiting, new_tree.id(), &paths)?;
         stage.check(&paths)?;
         // A device that fails is to fail before anything of the project is exchanged for what it may have lost.
-        rustix::fs::syncfs(self.root).map_err(std::io::Error::from)?;
+        pulse::flush(self.root)?;
         self.reporter.step();
         let mut way = plan::in_the_way(self.root, &copied.index, &changes, self.reporter)?;
         if !way.is_empty() {
@@ -339,7 +339,7 @@ impl Work<'_> {
     fn track(&self) -> Result<(), Failure> {
         if self.order.pack.is_some() {
             // No ref is to outlive what it points to.
-            rustix::fs::syncfs(self.root).map_err(std::io::Error::from)?;
+            pulse::flush(self.root)?;
         }
         let main = self.order.branch.as_ref().map(|branch| format!("refs/remotes/origin/{branch}"));
         for (number, (name, id)) in self.order.refs.iter().enumerate() {

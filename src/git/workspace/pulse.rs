@@ -2,19 +2,29 @@
 
 use std::{
     fs::File,
+    io,
     os::unix::fs::FileExt,
-    sync::mpsc::{RecvTimeoutError, channel},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::{RecvTimeoutError, channel},
+    },
     time::Duration,
 };
 
-use crate::git::child::Reporter;
+use crate::{
+    failure::Failure,
+    git::{child::Reporter, projects::Dir},
+};
 
 /// How often is looked whether the work goes on.
 const TICK: Duration = Duration::from_secs(1);
 /// Computing for less than this is no sign: about what the kernel's clock resolves.
 const LEAST: Duration = Duration::from_millis(4);
 
-/// Does `work`, and says a step as long as this thread, the process's first, computes.
+/// Whether this process waits for the disk.
+static FLUSHING: AtomicBool = AtomicBool::new(false);
+
+/// Does `work`, and says a step as long as this thread, the process's first, computes or flushes.
 ///
 /// Comparing a large tree or counting a long history is one call of the library. What waits for a pipe in place of a
 /// file computes nothing, and is stopped by the agent's stall limit as before.
@@ -22,22 +32,36 @@ pub(super) fn with<T>(reporter: &Reporter, work: impl FnOnce() -> T) -> T {
     let (over, told) = channel::<()>();
     std::thread::scope(|scope| {
         // Opened while everything can be; without it the limit is only stricter.
-        if let Ok(clock) = File::open("/proc/self/schedstat") {
-            scope.spawn(move || {
-                let mut last = computed(&clock);
-                while told.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
-                    let now = computed(&clock);
-                    if now >= last + LEAST {
-                        reporter.step();
-                        last = now;
-                    }
+        let clock = File::open("/proc/self/schedstat").ok();
+        scope.spawn(move || {
+            let clock = || clock.as_ref().map(computed).unwrap_or_default();
+            let mut last = clock();
+            while told.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+                let now = clock();
+                if now >= last + LEAST || FLUSHING.load(Ordering::Relaxed) {
+                    reporter.step();
+                    last = now;
                 }
-            });
-        }
+            }
+        });
         let result = work();
         drop(over);
         result
     })
+}
+
+/// Writes what is in memory of a file system down to its disk; [`with`] says a step as long as that takes.
+///
+/// The kernel writes what everybody has left to write there, which on a busy disk takes longer than anything else here,
+/// and nothing in a workspace can hold it up. The wall deadline holds.
+///
+/// # Errors
+/// `disk` where the disk refuses.
+pub(super) fn flush(directory: &Dir) -> Result<(), Failure> {
+    FLUSHING.store(true, Ordering::Relaxed);
+    let done = rustix::fs::syncfs(directory);
+    FLUSHING.store(false, Ordering::Relaxed);
+    Ok(done.map_err(io::Error::from)?)
 }
 
 /// How long the first thread of this process has computed.
