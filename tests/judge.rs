@@ -382,6 +382,18 @@ fn a_dead_letter_of_a_task_that_did_not_fail_is_unaccounted() {
 }
 
 #[test]
+fn a_letter_of_a_failure_that_was_never_told_is_excused_only_by_a_journal_that_was_lost_after_it() {
+    for (kind, good) in [(FaultKind::JournalLost, true), (FaultKind::AgentKilled, false)] {
+        let mut story = Story::cloned();
+        story.published("2.ok", Kind::Status, 2).step("2.ok", Kind::Status, 2, 1, Step::Started);
+        story.step("2.ok", Kind::Status, 2, 1, Step::Failed(ErrorClass::NotFound)).letter("2.ok", 1, "not_found");
+        story.fault(kind).step("2.ok", Kind::Status, 2, 1, Step::Started);
+        story.step("2.ok", Kind::Status, 2, 1, Step::Done).ended("2.ok", Status::Succeeded, None, 1);
+        assert_eq!(story.judged().is_good(), good, "{kind:?}: {:?}", story.judged().findings);
+    }
+}
+
+#[test]
 fn a_letter_of_the_broker_s_own_is_excused_only_by_a_deleted_queue() {
     for (kind, good) in [(FaultKind::QueueDeleted, true), (FaultKind::BrokerKilled, false)] {
         let mut story = Story::cloned();

@@ -71,12 +71,20 @@ pub(super) async fn ensure_topology(broker: &dyn Broker, settings: &WorkerSettin
     if !missing.is_empty() {
         tracing::info!(missing = ?missing, "making shared exchanges and queues");
         if let Err(error) = broker.declare(&shared).await {
-            tracing::error!(error = %error, "shared exchanges and queues could not be made");
-            return Err(WorkerError::Topology { missing: missing.join(", ") });
+            return Err(not_made(error, &missing));
         }
     }
     ensure_own(broker, &names.node_topology(&settings.node)).await?;
     ensure_own(broker, &names.control_topology(&settings.node)).await
+}
+
+/// What it means that shared objects could not be made: a broker that went away meanwhile refused nothing.
+fn not_made(error: BrokerError, missing: &[String]) -> WorkerError {
+    if matches!(error, BrokerError::Unreachable { .. }) {
+        return error.into();
+    }
+    tracing::error!(error = %error, "shared exchanges and queues could not be made");
+    WorkerError::Topology { missing: missing.join(", ") }
 }
 
 /// Makes a queue of our own; who may not can use it all the same where somebody else has made it.
@@ -154,5 +162,19 @@ pub(super) async fn refuse_an_occupied_queue(
             () = tokio::time::sleep(Duration::from_secs(1)) => {}
             () = soft.cancelled() => return Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broker_that_went_away_while_shared_objects_were_made_is_waited_for() {
+        let missing = ["exchange \"haul.events\"".to_owned()];
+        let gone = BrokerError::Unreachable { address: "the broker".to_owned(), reason: "closed".to_owned() };
+        assert!(matches!(not_made(gone, &missing), WorkerError::Broker(BrokerError::Unreachable { .. })));
+        let no = BrokerError::Refused { what: "exchange".to_owned(), reason: "ACCESS_REFUSED".to_owned() };
+        assert!(matches!(not_made(no, &missing), WorkerError::Topology { .. }));
     }
 }

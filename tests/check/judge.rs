@@ -104,6 +104,8 @@ pub(crate) struct Verdict {
     pub(crate) letters: usize,
     pub(crate) letters_twice: usize,
     pub(crate) letters_of_destroyed: usize,
+    /// Of failures that a lost journal forgot before they were told.
+    pub(crate) letters_forgotten: usize,
     pub(crate) replayed: usize,
     pub(crate) projects: usize,
     pub(crate) seconds: f64,

@@ -38,8 +38,12 @@ pub(crate) fn table(verdict: &Verdict) -> String {
     row(
         "dead letters",
         format!(
-            "{} there, {} replayed; {} twice, {} of deleted queues",
-            verdict.letters, verdict.replayed, verdict.letters_twice, verdict.letters_of_destroyed
+            "{} there, {} replayed; {} twice, {} of deleted queues, {} of failures that a lost journal forgot",
+            verdict.letters,
+            verdict.replayed,
+            verdict.letters_twice,
+            verdict.letters_of_destroyed,
+            verdict.letters_forgotten
         ),
     );
     row("projects", verdict.projects.to_string());

@@ -5,7 +5,7 @@ use std::future::Future;
 use lapin::{
     Channel, ErrorKind, ExchangeKind as Kind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
-    protocol::{AMQPErrorKind, AMQPSoftError},
+    protocol::{AMQPError, AMQPErrorKind, AMQPHardError, AMQPSoftError},
     types::FieldTable,
 };
 
@@ -132,7 +132,9 @@ pub(super) fn is_away(what: &str, error: &lapin::Error) -> bool {
 pub(super) fn refused(what: &str, error: &lapin::Error) -> BrokerError {
     let reason = words(error);
     match error.kind() {
-        ErrorKind::ProtocolError(_) => BrokerError::Refused { what: what.to_owned(), reason },
+        ErrorKind::ProtocolError(answer) if !is_of_the_connection(answer) => {
+            BrokerError::Refused { what: what.to_owned(), reason }
+        }
         _ => BrokerError::Unreachable {
             address: "the broker".to_owned(),
             reason: format!("{reason}, asking for {what}"),
@@ -140,10 +142,35 @@ pub(super) fn refused(what: &str, error: &lapin::Error) -> BrokerError {
     }
 }
 
+/// Whether the broker ended the connection for a reason of its own, whatever was asked for: it stops, an operator closed the
+/// connection, or it failed inside. Another connection may be served.
+fn is_of_the_connection(answer: &AMQPError) -> bool {
+    matches!(answer.kind(), AMQPErrorKind::Hard(AMQPHardError::CONNECTIONFORCED | AMQPHardError::INTERNALERROR))
+}
+
 fn kind(kind: ExchangeKind) -> Kind {
     match kind {
         ExchangeKind::Direct => Kind::Direct,
         ExchangeKind::Fanout => Kind::Fanout,
         ExchangeKind::Topic => Kind::Topic,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_the_broker_closed_is_no_refusal_of_what_was_asked() {
+        let told = |kind| {
+            let error: lapin::Error = ErrorKind::ProtocolError(AMQPError::new(kind, "words".into())).into();
+            matches!(refused("queue \"q\"", &error), BrokerError::Refused { .. })
+        };
+        for reason in [AMQPSoftError::ACCESSREFUSED, AMQPSoftError::PRECONDITIONFAILED, AMQPSoftError::NOTFOUND] {
+            assert!(told(AMQPErrorKind::Soft(reason)));
+        }
+        assert!(told(AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)));
+        assert!(!told(AMQPErrorKind::Hard(AMQPHardError::CONNECTIONFORCED)));
+        assert!(!told(AMQPErrorKind::Hard(AMQPHardError::INTERNALERROR)));
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use haul::{dead::UNKNOWN, failure::ErrorClass, protocol::Status};
 
 use super::{
-    super::history::FaultKind,
+    super::history::{FaultKind, Step},
     Crime, Verdict,
     facts::{Facts, Key},
 };
@@ -42,11 +42,21 @@ pub(super) fn judge(facts: &Facts<'_>, verdict: &mut Verdict) {
     for (key, count) in written {
         // Confirmed, but not struck off before a kill: paid again.
         verdict.letters_twice += count - 1;
-        if !failed.contains(&key) {
+        if !failed.contains(&key) && forgotten(facts, &key) {
+            verdict.letters_forgotten += 1;
+        } else if !failed.contains(&key) {
             let text = format!("there is a dead letter of {} round {}, which did not fail", key.0, key.1);
             verdict.find(Crime::Unaccounted, text);
         }
     }
+}
+
+/// Whether a task failed, which a journal knew that was lost before it was told: its letter was out already.
+fn forgotten(facts: &Facts<'_>, key: &Key) -> bool {
+    facts.lives.get(key).is_some_and(|life| {
+        let mut failures = life.executions.iter().filter(|line| matches!(line.step, Step::Failed(_)));
+        failures.any(|line| facts.journal_lost(life.node, line.at, i64::MAX))
+    })
 }
 
 fn destroyed(facts: &Facts<'_>, task: &str, round: u32, verdict: &mut Verdict) {
