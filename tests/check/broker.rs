@@ -2,6 +2,11 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use lapin::{
+    BasicProperties, Connection, ConnectionProperties,
+    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
+    types::{AMQPValue, FieldTable},
+};
 use serde_json::{Value, json};
 
 use crate::support::rabbit::Rabbit;
@@ -11,6 +16,8 @@ const AUTHORIZATION: &str = "Basic Z3Vlc3Q6Z3Vlc3Q=";
 /// How long a shared queue waits before it sends a held message again where nothing confirmed it; three minutes by
 /// default, which would be most of a run.
 const SETTLE_AGAIN: &str = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 5000}]}].\n";
+/// The queue that shows whether the broker serves.
+const PROBE: &str = "check-probe";
 /// For the management API's answer.
 const ANSWER: Duration = Duration::from_secs(15);
 
@@ -32,6 +39,16 @@ impl BrokerNode {
     /// The node itself.
     pub(crate) fn rabbit(&self) -> &Rabbit {
         &self.rabbit
+    }
+
+    /// Whether a quorum queue can be made, written, read and removed: what no fault of ours takes for long.
+    pub(crate) async fn serves(&self) -> bool {
+        matches!(tokio::time::timeout(ANSWER, probe(&self.rabbit.url)).await, Ok(Ok(())))
+    }
+
+    /// What the broker wrote in its log.
+    pub(crate) fn log(&self) -> PathBuf {
+        self.rabbit.log()
     }
 
     /// Does something that blocks.
@@ -117,4 +134,25 @@ impl BrokerNode {
             Err(format!("the broker answered {status}"))
         }
     }
+}
+
+async fn probe(url: &str) -> lapin::Result<()> {
+    let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+    let channel = connection.create_channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(PROBE.into(), durable, arguments).await?;
+    let published = channel.basic_publish(
+        "".into(),
+        PROBE.into(),
+        BasicPublishOptions::default(),
+        b"probe",
+        BasicProperties::default().with_delivery_mode(2),
+    );
+    published.await?.await?;
+    channel.basic_get(PROBE.into(), BasicGetOptions { no_ack: true }).await?;
+    channel.queue_delete(PROBE.into(), QueueDeleteOptions::default()).await?;
+    connection.close(200, "probed".into()).await
 }

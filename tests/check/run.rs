@@ -23,7 +23,7 @@ use super::{
     faults::World,
     fleet::Member,
     git::Upstreams,
-    history::{History, Record, Work, now},
+    history::{Fault, FaultKind, History, Record, Work, now},
     ledger,
     master::Master,
     options::Options,
@@ -43,6 +43,8 @@ const A_FAULT: Duration = Duration::from_millis(2200);
 const AHEAD: usize = 2;
 /// The slowest wait that anything may rest in between two signs of life; beyond it what is missing is stuck.
 const STUCK: Duration = Duration::from_secs(90);
+/// Beyond it the broker is asked whether it serves at all.
+const UNSERVED: Duration = Duration::from_secs(25);
 /// Queues are empty for so many looks in a row before everything is taken for quiet.
 const QUIET: usize = 3;
 /// A queue that delivers nothing for so long is read to its end.
@@ -88,6 +90,8 @@ pub(crate) async fn run(options: &Options, work: Work, broker: &BrokerNode, dire
     }
     let master = world.master.clone();
     around.spawn(async move { master.reconcile().await });
+    let (watched, logs) = (world.clone(), directory.join("broker"));
+    around.spawn(async move { mend_the_broker(&watched, &logs).await });
     let ready = async {
         for queue in queues(&world).into_iter().take(options.nodes) {
             while !matches!(world.master.broker.depth(&queue).await, Ok(Some(depth)) if depth.consumers > 0) {
@@ -203,6 +207,39 @@ async fn nothing_moves(world: &World) {
         if moved != last {
             (last, since) = (moved, Instant::now());
         }
+    }
+}
+
+/// What an operator does where the broker itself came back from a fault unable to serve any queue: starts it anew. It is
+/// a fault too, and is noted as one; what the broker wrote is kept beside the history.
+async fn mend_the_broker(world: &World, logs: &Path) {
+    let (mut last, mut since) = (world.master.moved(), Instant::now());
+    loop {
+        tokio::time::sleep(GLANCE).await;
+        let moved = world.master.moved();
+        if moved != last {
+            (last, since) = (moved, Instant::now());
+        }
+        if since.elapsed() < UNSERVED || world.broker.serves().await {
+            continue;
+        }
+        let at = now();
+        let _ = Command::new("cp").arg("-r").arg(world.broker.log()).arg(logs).status();
+        let done = world.broker.on(|rabbit| {
+            rabbit.crash();
+            rabbit.restart();
+        });
+        let done = done.await.is_ok();
+        let note = "it served no queue any more".to_owned();
+        world.history.add(&Record::Fault(Fault {
+            at,
+            until: now(),
+            kind: FaultKind::BrokerKilled,
+            node: None,
+            done,
+            note,
+        }));
+        since = Instant::now();
     }
 }
 

@@ -17,7 +17,9 @@ use crate::{
 };
 
 /// From the moment a restarted broker's listener accepts to the first delivery.
-const FIRST_DELIVERY: Duration = Duration::from_secs(10);
+const FIRST_DELIVERY: Duration = Duration::from_secs(3);
+/// The same after a kill: asked every half second, RabbitMQ 3.10 has no leader for a quorum queue for up to 3.5 s.
+const FIRST_AFTER_KILL: Duration = Duration::from_secs(6);
 /// How long a restart may take on a machine that has much to do.
 const RESTART: Duration = Duration::from_mins(2);
 /// How often the broker is restarted, unless `HAUL_RESTARTS` says otherwise.
@@ -94,14 +96,16 @@ async fn the_first_delivery_after_a_restart_comes_soon() {
         let (accepted, (again, came)) = tokio::join!(blocking(move || restarted(rabbit, killed)), delivered);
         let took = came.saturating_duration_since(accepted);
         println!("{}: the first delivery came after {took:?}", if killed { "killed" } else { "stopped" });
-        times.push(took);
+        times.push((took, killed));
         assert_eq!(again.message.message_id.as_deref(), Some(round.to_string().as_str()));
         assert_eq!(held.ack().await, Err(StaleDelivery));
         again.ack().await.unwrap();
     }
     times.sort();
-    println!("of {restarts} restarts: median {:?}, worst {:?}", times[restarts / 2], times[restarts - 1]);
-    assert!(times[restarts - 1] < FIRST_DELIVERY, "{times:?}");
+    println!("of {restarts} restarts: median {:?}, worst {:?}", times[restarts / 2].0, times[restarts - 1].0);
+    for (took, killed) in times {
+        assert!(took < if killed { FIRST_AFTER_KILL } else { FIRST_DELIVERY }, "{took:?}, killed: {killed}");
+    }
 }
 
 async fn next(consumer: &mut Consumer) -> Delivery {

@@ -87,6 +87,12 @@ impl Rabbit {
         run(script("kill", &self.directory));
     }
 
+    /// Where its logs are.
+    #[allow(dead_code, reason = "for those who look at a broker that went wrong")]
+    pub(crate) fn log(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+
     /// Its name in the cluster.
     pub(crate) fn name(&self) -> String {
         let env = std::fs::read_to_string(self.directory.join("env")).unwrap();

@@ -1,6 +1,10 @@
 //! A consumer that outlives its sessions: after any fault a new channel and a new tag, and no ack of an old one.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
@@ -29,6 +33,10 @@ use crate::{
 
 /// For the broker's part in opening or closing a session.
 pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the first tries to consume may take, in milliseconds. A broker that is asked before the queue has its leader,
+/// soon after a start, is silent for 5 s and fails, even where there is a leader a moment later: whoever asks then is
+/// answered at once. Later tries wait longer, for a broker that is only slow.
+const PATIENCE_MS: [u64; 6] = [500, 500, 500, 1000, 1000, 2000];
 /// For a cancel before a session is given up: without it the broker may still count the old consumer for a moment.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Attempts on one connection that end in something else than a refusal, until another connection is made.
@@ -125,7 +133,7 @@ impl Sessions {
         let mut first = Some(first);
         let mut waits = Waits::new();
         let mut number = 0_u64;
-        let mut tries = 0_u32;
+        let (mut tries, mut unanswered) = (0_u32, 0_usize);
         let mut tell = |verdict| first.take().is_some_and(|first| first.send(verdict).is_ok());
         loop {
             let line = tokio::select! {
@@ -135,9 +143,10 @@ impl Sessions {
             };
             let Some(line) = line else { break };
             number += 1;
-            match self.open(Arc::clone(&line), number).await {
+            let patience = PATIENCE_MS.get(unanswered).copied().map(Duration::from_millis);
+            match self.open(Arc::clone(&line), number, patience.unwrap_or(STEP_TIMEOUT)).await {
                 Ok(session) => {
-                    (waits, tries) = (Waits::new(), 0);
+                    (waits, tries, unanswered) = (Waits::new(), 0, 0);
                     tell(Ok(()));
                     tracing::info!(broker.queue = self.consume.queue, broker.tag = %session.tag, "consuming");
                     self.presence.begin(session.tag.as_str(), session.before, &session.hold.counts);
@@ -164,8 +173,10 @@ impl Sessions {
                     }
                     tracing::warn!(broker.queue = self.consume.queue, error = %failure, "cannot consume yet");
                     tries = if refusal { 0 } else { tries + 1 };
-                    if (failure.error.is_none() || tries >= TRIES) && self.leads_everywhere() {
-                        tries = 0;
+                    let silent = failure.error.is_none();
+                    unanswered = if silent { unanswered + 1 } else { 0 };
+                    if (silent && patience.is_none() || tries >= TRIES) && self.leads_everywhere() {
+                        (tries, unanswered) = (0, 0);
                         line.give_up(&failure.to_string());
                     }
                 }
@@ -214,8 +225,9 @@ impl Sessions {
         }
     }
 
-    async fn open(&self, line: Arc<Line>, number: u64) -> Result<Session, Failure> {
+    async fn open(&self, line: Arc<Line>, number: u64, patience: Duration) -> Result<Session, Failure> {
         let queue = format!("queue {:?}", self.consume.queue);
+        let asked = OnceLock::new();
         let opening = async {
             let failed = |what: &str| {
                 let what = what.to_owned();
@@ -230,6 +242,7 @@ impl Sessions {
                 channel = line.channel().await.map_err(failed("a channel"))?;
             }
             let hold = Hold::new(channel.clone());
+            let _ = asked.set(channel.clone());
             channel
                 .basic_qos(self.consume.prefetch, BasicQosOptions { global: false })
                 .await
@@ -247,10 +260,19 @@ impl Sessions {
                 .map_err(failed(&queue))?;
             Ok((channel, stream, hold, tag, before.consumers))
         };
-        match tokio::time::timeout(STEP_TIMEOUT, opening).await {
+        match tokio::time::timeout(patience, opening).await {
             Ok(Ok((channel, stream, hold, tag, before))) => Ok(Session { channel, stream, hold, tag, before, line }),
             Ok(Err(failure)) => Err(failure),
-            Err(_) => Err(Failure { what: queue, error: None }),
+            Err(_) => {
+                // What the broker may still begin there ends with the channel, whose close waits behind it.
+                if let Some(channel) = asked.into_inner() {
+                    tokio::spawn(async move {
+                        let goodbye = channel.close(200, "no answer in time".into());
+                        let _ = tokio::time::timeout(STEP_TIMEOUT, goodbye).await;
+                    });
+                }
+                Err(Failure { what: queue, error: None })
+            }
         }
     }
 
