@@ -147,33 +147,10 @@ async fn main() {
     }
 }
 
-/// What the figures depend on, without naming the machine.
+/// What the figures depend on.
 fn machine(world: &World) -> String {
-    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
-    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let memory = memory.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok()).unwrap_or(0);
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let kernel = kernel.split('-').next().unwrap_or_default().trim().to_owned();
-    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    // What the script adds by itself is no part of the command.
-    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
-    let mut given = Vec::new();
-    while let Some(word) = words.next() {
-        if word == "--scratch" {
-            words.next();
-        } else {
-            given.push(word);
-        }
-    }
-    let given = given.join(" ");
-    let mut text = format!(
-        "Measured with `scripts/bench {given}` on {}: {cores} cores, {} GB of memory, Linux {kernel}, {}. Load average at \
-         the end: {}. Server, broker, agent and git share these cores.\n\n",
-        jiff::Timestamp::now().strftime("%Y-%m-%d"),
-        memory / 1_000_000,
-        git(Path::new("/"), &["--version"]),
-        load.split_whitespace().take(3).collect::<Vec<_>>().join(" "),
-    );
+    let measured = report::measured("bench", &git(Path::new("/"), &["--version"]));
+    let mut text = format!("{measured} Server, broker, agent and git share these cores.\n\n");
     for place in &world.places {
         text.extend(["- ", place, "\n"]);
     }

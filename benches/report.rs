@@ -20,6 +20,32 @@ pub(crate) struct Comparison {
     pub(crate) series: Vec<Series>,
 }
 
+/// With which command and on what was measured, without naming the machine; `beside` is what else the figures depend on.
+pub(crate) fn measured(script: &str, beside: &str) -> String {
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let memory = memory.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok()).unwrap_or(0);
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let kernel = kernel.split('-').next().unwrap_or_default().trim();
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    // What the script adds by itself is no part of the command.
+    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
+    let mut command = format!("scripts/{script}");
+    while let Some(word) = words.next() {
+        if word == "--scratch" {
+            words.next();
+        } else {
+            command.extend([" ", &word]);
+        }
+    }
+    format!(
+        "Measured with `{command}` on {}: {cores} cores, {} GB of memory, Linux {kernel}, {beside}. Load average at the end: {}.",
+        jiff::Timestamp::now().strftime("%Y-%m-%d"),
+        memory / 1_000_000,
+        load.split_whitespace().take(3).collect::<Vec<_>>().join(" "),
+    )
+}
+
 /// Everything of one run.
 #[derive(Default)]
 pub(crate) struct Report {

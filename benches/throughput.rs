@@ -179,35 +179,13 @@ impl World {
     }
 }
 
-/// What the figures depend on, without naming the machine.
+/// What the figures depend on.
 fn machine() -> String {
-    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
-    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let memory = memory.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok()).unwrap_or(0);
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let kernel = kernel.split('-').next().unwrap_or_default().trim().to_owned();
-    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    // What the script adds by itself is no part of the command.
-    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
-    let mut given = Vec::new();
-    while let Some(word) = words.next() {
-        if word == "--scratch" {
-            words.next();
-        } else {
-            given.push(word);
-        }
-    }
     let broker = fs::read_to_string(rig::broker_directory().join("env")).unwrap_or_default();
-    let broker = broker.lines().find_map(|line| line.strip_prefix("VERSION=")).unwrap_or("?").to_owned();
-    format!(
-        "Measured with `scripts/bench-messages {}` on {}: {cores} cores, {} GB of memory, Linux {kernel}, RabbitMQ {broker}, \
-         {}. Load average at the end: {}. Broker, agent and whoever measures share these cores.\n",
-        given.join(" "),
-        jiff::Timestamp::now().strftime("%Y-%m-%d"),
-        memory / 1_000_000,
-        std::env::var("HAUL_BENCH_CELERY").unwrap_or_else(|_| "no Celery".to_owned()),
-        load.split_whitespace().take(3).collect::<Vec<_>>().join(" "),
-    )
+    let broker = broker.lines().find_map(|line| line.strip_prefix("VERSION=")).unwrap_or("?");
+    let celery = std::env::var("HAUL_BENCH_CELERY").unwrap_or_else(|_| "no Celery".to_owned());
+    let measured = report::measured("bench-messages", &format!("RabbitMQ {broker}, {celery}"));
+    format!("{measured} Broker, agent and whoever measures share these cores.\n")
 }
 
 /// The program under measurement where it is the real one.

@@ -148,8 +148,12 @@ impl Entry {
 
     /// What an open, wanted task's delivery is.
     fn judge(&mut self, ticket: Ticket, sighting: &Sighting, clones: &[WaitingClone]) -> Admission {
-        if sighting.attempt < self.released && !self.copy_is_lost(sighting.now) {
-            return Admission::Released;
+        if sighting.attempt < self.released {
+            if self.copy_is_under_way(sighting.now) {
+                return Admission::Released;
+            }
+            // From now on this delivery stands for it, also when it is asked about again, given back, or left by a crash.
+            (self.attempt, self.released) = (ticket.attempt, sighting.attempt);
         }
         match &self.phase {
             Phase::Running { boot, alone } if *boot != sighting.boot => self.charge(*alone),
@@ -188,11 +192,12 @@ impl Entry {
 }
 
 impl Entry {
-    /// Whether the copy that was let go should have come back long ago.
-    fn copy_is_lost(&self, now: Timestamp) -> bool {
+    /// Whether the copy that was let go may still come. One that had come, and was in the hands of an agent that died, is at
+    /// the broker again, unless its queue was deleted: nobody knows, and whichever delivery comes first is as good.
+    fn copy_is_under_way(&self, now: Timestamp) -> bool {
         let Phase::Released { until } = self.phase else { return false };
         let patience = SignedDuration::try_from(COPY_OVERDUE).unwrap_or(SignedDuration::MAX);
-        until.saturating_add(patience).is_ok_and(|limit| limit < now)
+        until.saturating_add(patience).is_ok_and(|limit| now <= limit)
     }
 }
 
@@ -332,6 +337,39 @@ mod tests {
         page.release(0, 3, at(70));
         let late = Sighting { attempt: 2, ..again(71) };
         assert_eq!(admit(&mut page, &late), Admission::Released, "the copy came after all");
+    }
+
+    #[test]
+    fn a_delivery_that_stands_for_a_lost_copy_goes_on_doing_so() {
+        let lost = || {
+            let mut page = Page::default();
+            admit(&mut page, &sighting());
+            page.begin(0, 1, "b1", false);
+            page.release(0, 2, at(5));
+            page
+        };
+        let again = |seconds, boot: &str| Sighting { now: at(seconds), boot: boot.to_owned(), ..sighting() };
+        let is_second = |admission: &Admission| matches!(admission, Admission::Fresh(Ticket { attempt: 2, .. }));
+        // It waits for its turn, and the journal is asked again.
+        let mut page = lost();
+        for seconds in [66, 67] {
+            let admission = admit(&mut page, &again(seconds, "b1"));
+            assert!(is_second(&admission), "{admission:?}");
+        }
+        // It is given back before its turn comes.
+        page.give_back(0, at(68));
+        let admission = admit(&mut page, &again(69, "b1"));
+        assert!(is_second(&admission), "{admission:?}");
+        // The agent dies with it in hand.
+        page.begin(0, 2, "b1", false);
+        let admission = admit(&mut page, &again(70, "b2"));
+        assert!(is_second(&admission), "{admission:?}");
+        // The agent dies with the copy in hand, and the queue to which that went back is deleted.
+        let mut page = lost();
+        admit(&mut page, &Sighting { attempt: 2, ..again(6, "b1") });
+        page.begin(0, 2, "b1", false);
+        let admission = admit(&mut page, &again(7, "b2"));
+        assert!(is_second(&admission), "{admission:?}");
     }
 
     #[test]
