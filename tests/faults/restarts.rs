@@ -18,8 +18,8 @@ use crate::{
 
 /// From the moment a restarted broker's listener accepts to the first delivery.
 const FIRST_DELIVERY: Duration = Duration::from_secs(3);
-/// The same after a kill: asked every half second, RabbitMQ 3.10 has no leader for a quorum queue for up to 3.5 s.
-const FIRST_AFTER_KILL: Duration = Duration::from_secs(6);
+/// The same after a kill: however often it is asked, RabbitMQ 3.10 has no leader for a quorum queue for up to 5 s.
+const FIRST_AFTER_KILL: Duration = Duration::from_secs(10);
 /// How long a restart may take on a machine that has much to do.
 const RESTART: Duration = Duration::from_mins(2);
 /// How often the broker is restarted, unless `HAUL_RESTARTS` says otherwise.

@@ -33,10 +33,12 @@ use crate::{
 
 /// For the broker's part in opening or closing a session.
 pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the first tries to consume may take, in milliseconds. A broker that is asked before the queue has its leader,
-/// soon after a start, is silent for 5 s and fails, even where there is a leader a moment later: whoever asks then is
-/// answered at once. Later tries wait longer, for a broker that is only slow.
-const PATIENCE_MS: [u64; 6] = [500, 500, 500, 1000, 1000, 2000];
+/// How long tries to consume may take, one after the other, in milliseconds: ten seconds in all. A broker that is asked
+/// before the queue has its leader, soon after a start, is silent for 5 s and fails, even where there is a leader a moment
+/// later: whoever asks then is answered at once. The last try waits for a broker that is only slow.
+const PATIENCE_MS: [u64; 7] = [500, 500, 500, 1000, 1000, 1000, 5500];
+/// Between two of these tries.
+const BREATH: Duration = Duration::from_millis(50);
 /// For a cancel before a session is given up: without it the broker may still count the old consumer for a moment.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Attempts on one connection that end in something else than a refusal, until another connection is made.
@@ -143,8 +145,8 @@ impl Sessions {
             };
             let Some(line) = line else { break };
             number += 1;
-            let patience = PATIENCE_MS.get(unanswered).copied().map(Duration::from_millis);
-            match self.open(Arc::clone(&line), number, patience.unwrap_or(STEP_TIMEOUT)).await {
+            let patience = PATIENCE_MS.get(unanswered).copied().map_or(STEP_TIMEOUT, Duration::from_millis);
+            match self.open(Arc::clone(&line), number, patience).await {
                 Ok(session) => {
                     (waits, tries, unanswered) = (Waits::new(), 0, 0);
                     tell(Ok(()));
@@ -172,11 +174,16 @@ impl Sessions {
                         break;
                     }
                     tracing::warn!(broker.queue = self.consume.queue, error = %failure, "cannot consume yet");
-                    tries = if refusal { 0 } else { tries + 1 };
                     let silent = failure.error.is_none();
-                    unanswered = if silent { unanswered + 1 } else { 0 };
-                    if (silent && patience.is_none() || tries >= TRIES) && self.leads_everywhere() {
-                        (tries, unanswered) = (0, 0);
+                    if silent && unanswered + 1 < PATIENCE_MS.len() {
+                        unanswered += 1;
+                        tokio::time::sleep(BREATH).await;
+                        continue;
+                    }
+                    unanswered = 0;
+                    tries = if refusal { 0 } else { tries + 1 };
+                    if (silent || tries >= TRIES) && self.leads_everywhere() {
+                        tries = 0;
                         line.give_up(&failure.to_string());
                     }
                 }
