@@ -43,10 +43,10 @@ pub(crate) async fn run(world: &mut World) {
     }
     let mut restarted = Vec::new();
     for _ in 0..world.arguments.restarts {
-        rig::broker("kill");
+        tokio::task::spawn_blocking(rig::kill_broker).await.expect("the broker is killed");
         agent.order("next");
         let listening = listening(&rig.url);
-        let restarting = tokio::task::spawn_blocking(|| rig::broker("restart"));
+        let restarting = tokio::task::spawn_blocking(|| rig::broker("restart", &[]));
         let accepts = listening.await.expect("somebody looks");
         restarted.push(received(&agent, accepts));
         restarting.await.expect("the broker comes back");
