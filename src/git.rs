@@ -23,7 +23,7 @@ pub(crate) use child::{Children, Confinement, Support};
 pub(crate) use mirror::{Came, Fetched, Held, Listing, Mirrors, Tip, Underway, Want, send_objects};
 pub(crate) use projects::{Applied, Binding, Dir, Follows, Identity, Packs, Projects, PullNote, Site, Staging, Stamp};
 pub use projects::{ProjectRecord, survey};
-pub(crate) use room::room;
+pub(crate) use room::{blamed, room};
 pub use run::{Fence, Run};
 pub use settings::GitSettings;
 pub(crate) use workspace::{Attach, Budget, Look, Looked, Make, Pull, Pulled};

@@ -184,12 +184,16 @@ impl Execute for GitExecutor {
 
     async fn execute(&self, job: &Job, run: &Run<'_>) -> Result<TaskResult, Failure> {
         let begun = tokio::time::Instant::now();
-        let mut result = match &job.task.work {
+        let done = match &job.task.work {
             Work::Clone(work) => clone::execute(self, job, work, run).await,
             Work::Pull(work) => pull::execute(self, job, work, run).await,
             Work::Delete(work) => delete::execute(self, job, work, run).await,
             Work::Status(work) => status::execute(self, job, work, run).await,
-        }?;
+        };
+        let mut result = match done {
+            Ok(result) => result,
+            Err(failure) => return Err(self.reserve.blamed(failure).await),
+        };
         result.duration_ms = Some(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
         Ok(result)
     }

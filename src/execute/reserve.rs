@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use bytesize::ByteSize;
 
 use super::executor::blocking;
-use crate::{failure::Failure, git::room};
+use crate::{
+    failure::{ErrorClass, Failure},
+    git::{blamed, room},
+};
 
 /// The free space that no clone and no pull may begin to use up.
 #[derive(Clone, Debug)]
@@ -24,6 +27,17 @@ impl Reserve {
     /// How many bytes are to stay free.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// The failure of class `disk` in place of one that has no other explanation, where one of the disks takes nothing just
+    /// now: of several children that it stops, the first to tell need not be the one that was refused.
+    pub(super) async fn blamed(&self, failure: Failure) -> Failure {
+        if !matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) {
+            return failure;
+        }
+        let (own, told) = (self.clone(), failure.clone());
+        let looked = blocking(move || Ok(blamed(told, &[&own.storage, &own.projects])));
+        looked.await.unwrap_or(failure)
     }
 
     /// Refuses to begin where less is free already than is to stay free.

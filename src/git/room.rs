@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use bytesize::ByteSize;
-use rustix::fs::{AtFlags, CWD, StatVfsMountFlags, StatxAttributes, StatxFlags, statvfs, statx};
+use rustix::{
+    fs::{AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, StatxAttributes, StatxFlags, openat, statvfs, statx},
+    io::Errno,
+};
 
 use crate::failure::{ErrorClass, Failure};
 
@@ -67,8 +70,19 @@ pub(crate) fn refusal(place: &Path) -> Option<&'static str> {
         }
     }
     let fixed = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
-    let stat = statx(CWD, place, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::empty()).ok()?;
-    stat.stx_attributes.intersects(fixed).then_some("the directory is immutable (chattr -i)")
+    let stat = statx(CWD, place, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::empty());
+    if stat.is_ok_and(|stat| stat.stx_attributes.intersects(fixed)) {
+        return Some("the directory is immutable (chattr -i)");
+    }
+    // A file system in which the kernel found an error need not say that it is read-only: a file without a name is tried,
+    // where it knows of such files.
+    let nameless = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    match openat(CWD, place, nameless, Mode::RUSR | Mode::WUSR) {
+        Err(Errno::ROFS) => Some("the file system takes no writes"),
+        Err(Errno::IO) => Some("the device fails"),
+        Err(Errno::NOSPC | Errno::DQUOT) => Some("the disk is full"),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
