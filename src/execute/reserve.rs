@@ -6,7 +6,7 @@ use bytesize::ByteSize;
 
 use super::executor::blocking;
 use crate::{
-    failure::{ErrorClass, Failure},
+    failure::Failure,
     git::{blamed, room},
 };
 
@@ -32,12 +32,9 @@ impl Reserve {
     /// The failure of class `disk` in place of one that has no other explanation, where one of the disks takes nothing just
     /// now: of several children that it stops, the first to tell need not be the one that was refused.
     pub(super) async fn blamed(&self, failure: Failure) -> Failure {
-        if !matches!(failure.class, ErrorClass::Internal | ErrorClass::Corrupt) {
-            return failure;
-        }
-        let (own, told) = (self.clone(), failure.clone());
-        let looked = blocking(move || Ok(blamed(told, &[&own.storage, &own.projects])));
-        looked.await.unwrap_or(failure)
+        let own = self.clone();
+        let looked = blocking(move || Ok(blamed(failure, &[&own.storage, &own.projects])));
+        looked.await.unwrap_or_else(|lost| lost)
     }
 
     /// Refuses to begin where less is free already than is to stay free.

@@ -46,11 +46,6 @@ impl BrokerNode {
         matches!(tokio::time::timeout(ANSWER, probe(&self.rabbit.url)).await, Ok(Ok(())))
     }
 
-    /// What the broker wrote in its log.
-    pub(crate) fn log(&self) -> PathBuf {
-        self.rabbit.log()
-    }
-
     /// Does something that blocks.
     pub(crate) async fn on<T: Send + 'static>(
         &self,

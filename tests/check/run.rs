@@ -188,7 +188,7 @@ async fn disturb_and_publish(world: &Arc<World>, load: Workload, plan: Vec<Plann
     let both = async { tokio::join!(disturbing, publishing) };
     tokio::select! {
         _ = both => {}
-        () = nothing_moves(world) => {}
+        () = nothing_moves(world, STUCK) => {}
     }
     world.heal().await;
 }
@@ -198,10 +198,10 @@ fn ratio(part: usize, whole: usize) -> f64 {
     part as f64 / whole.max(1) as f64
 }
 
-/// Ends when nothing was confirmed and nothing ended for longer than anything may rest.
-async fn nothing_moves(world: &World) {
+/// Ends when nothing was confirmed and nothing ended for so long.
+async fn nothing_moves(world: &World, patience: Duration) {
     let (mut last, mut since) = (world.master.moved(), Instant::now());
-    while since.elapsed() < STUCK {
+    while since.elapsed() < patience {
         tokio::time::sleep(GLANCE).await;
         let moved = world.master.moved();
         if moved != last {
@@ -213,18 +213,13 @@ async fn nothing_moves(world: &World) {
 /// What an operator does where the broker itself came back from a fault unable to serve any queue: starts it anew. It is
 /// a fault too, and is noted as one; what the broker wrote is kept beside the history.
 async fn mend_the_broker(world: &World, logs: &Path) {
-    let (mut last, mut since) = (world.master.moved(), Instant::now());
     loop {
-        tokio::time::sleep(GLANCE).await;
-        let moved = world.master.moved();
-        if moved != last {
-            (last, since) = (moved, Instant::now());
-        }
-        if since.elapsed() < UNSERVED || world.broker.serves().await {
+        nothing_moves(world, UNSERVED).await;
+        if world.broker.serves().await {
             continue;
         }
         let at = now();
-        let _ = Command::new("cp").arg("-r").arg(world.broker.log()).arg(logs).status();
+        let _ = Command::new("cp").arg("-r").arg(world.broker.rabbit().log()).arg(logs).status();
         let done = world.broker.on(|rabbit| {
             rabbit.crash();
             rabbit.restart();
@@ -239,7 +234,6 @@ async fn mend_the_broker(world: &World, logs: &Path) {
             done,
             note,
         }));
-        since = Instant::now();
     }
 }
 
@@ -255,7 +249,7 @@ async fn drain(world: &World) -> bool {
     };
     tokio::select! {
         () = quiet => true,
-        () = nothing_moves(world) => false,
+        () = nothing_moves(world, STUCK) => false,
     }
 }
 

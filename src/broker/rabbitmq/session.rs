@@ -145,7 +145,7 @@ impl Sessions {
             };
             let Some(line) = line else { break };
             number += 1;
-            let patience = PATIENCE_MS.get(unanswered).copied().map_or(STEP_TIMEOUT, Duration::from_millis);
+            let patience = Duration::from_millis(PATIENCE_MS[unanswered]);
             match self.open(Arc::clone(&line), number, patience).await {
                 Ok(session) => {
                     (waits, tries, unanswered) = (Waits::new(), 0, 0);

@@ -42,9 +42,12 @@ pub(super) fn judge(facts: &Facts<'_>, verdict: &mut Verdict) {
     for (key, count) in written {
         // Confirmed, but not struck off before a kill: paid again.
         verdict.letters_twice += count - 1;
-        if !failed.contains(&key) && forgotten(facts, &key) {
+        if failed.contains(&key) {
+            continue;
+        }
+        if forgotten(facts, &key) {
             verdict.letters_forgotten += 1;
-        } else if !failed.contains(&key) {
+        } else {
             let text = format!("there is a dead letter of {} round {}, which did not fail", key.0, key.1);
             verdict.find(Crime::Unaccounted, text);
         }
