@@ -380,11 +380,16 @@ impl Agent {
     /// Waits until this many dead letters are there.
     pub async fn dead_letters(&self, count: u32) {
         let queue = self.names.dead();
-        self.until_async(
-            "the dead letters",
-            async || matches!(self.master.depth(&queue).await, Ok(Some(depth)) if depth.messages == count),
-        )
-        .await;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let depth = self.master.depth(&queue).await;
+            if matches!(&depth, Ok(Some(depth)) if depth.messages == count) {
+                return;
+            }
+            let late = Instant::now() >= deadline;
+            assert!(!late, "waited for {count} dead letters, saw {depth:?}; the agent's log:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// The rounds that the dead letters ask for, read and given back.

@@ -43,12 +43,15 @@ pub(super) fn among(error: io::Error) -> Failure {
     }
 }
 
+pub(super) fn is_directory(stat: &rustix::fs::Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+}
+
 /// Checks the `.git` of `directory`.
 ///
 /// # Errors
 /// `conflict` for anything but plain files and directories in it, or where it leads out.
 pub(super) fn check(directory: &Dir, reporter: &Reporter) -> Result<(), Failure> {
-    let is_directory = |stat: &rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
     match directory.look(".git").map_err(among)? {
         Some(stat) if is_directory(&stat) => {}
         Some(_) => return Err(altered(".git is not a directory")),

@@ -3,9 +3,10 @@
 use std::{os::fd::AsFd, os::fd::AsRawFd, path::Path, sync::Once};
 
 use git2::{ConfigLevel, ErrorCode, Repository, RepositoryOpenFlags};
+use rustix::{fs::fstat, process::geteuid};
 
 use super::{
-    guard::{self, altered, among},
+    guard::{self, altered, among, is_directory},
     settings,
 };
 use crate::{
@@ -23,7 +24,7 @@ pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, F
     let path = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
     let nowhere: [&std::ffi::OsStr; 0] = [];
     let repo = Repository::open_ext(&path, RepositoryOpenFlags::NO_SEARCH, nowhere)
-        .map_err(|error| fault("the project cannot be opened", &error))?;
+        .map_err(|error| unopened(directory, &error))?;
     // A name on the way, or a setting, may lead to another directory than the one that was checked; it is not opened to
     // find out.
     let same = |path: Option<&Path>, dir: &Dir| {
@@ -45,14 +46,33 @@ pub(super) fn open(directory: &Dir, reporter: &Reporter) -> Result<Repository, F
     Ok(repo)
 }
 
+/// What it means that `directory` was not opened.
+fn unopened(directory: &Dir, error: &git2::Error) -> Failure {
+    let what = "the project cannot be opened";
+    // The library follows a link that was put in the place of `.git` after the check, and finds whose its target is.
+    if error.code() == ErrorCode::Owner && someone_elses(directory) {
+        return Failure::forbidden(format!(
+            "{what}: it belongs to another user than the one who works in it; set git.run_as to its owner and clone it anew"
+        ));
+    }
+    fault(what, error)
+}
+
+/// Whether the project or its `.git` itself belongs to another user than the one who works in it.
+fn someone_elses(directory: &Dir) -> bool {
+    let works = geteuid().as_raw();
+    let project = fstat(directory).is_ok_and(|stat| stat.st_uid != works);
+    project
+        || directory
+            .look(".git")
+            .is_ok_and(|found| found.is_some_and(|stat| is_directory(&stat) && stat.st_uid != works))
+}
+
 /// What an error of the library on a user's repository means.
 pub(super) fn fault(what: &str, error: &git2::Error) -> Failure {
     let message = error.message();
     match error.code() {
         _ if room::refused(message) => Failure::new(ErrorClass::Disk, format!("{what}: {message}")),
-        ErrorCode::Owner => Failure::forbidden(format!(
-            "{what}: it belongs to another user than the one who works in it; set git.run_as to its owner and clone it anew"
-        )),
         // The library calls a file locked that it may not read.
         ErrorCode::Locked if !message.contains("Permission denied") => {
             Failure::conflict(format!("{what}: another program holds a lock ({message})"))
@@ -74,4 +94,38 @@ pub(in crate::git) fn forget_search_paths() {
             }
         }
     });
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use std::os::unix::fs::{chown, symlink};
+
+    use git2::{Error, ErrorClass as Class};
+
+    use super::*;
+
+    #[test]
+    fn whose_a_project_is_is_not_asked_of_what_stands_in_its_place() {
+        let place = tempfile::tempdir().unwrap();
+        let project = Dir::open(place.path()).unwrap();
+        let git = place.path().join(".git");
+        let end =
+            || unopened(&project, &Error::new(ErrorCode::Owner, Class::Config, "not owned by current user")).class;
+        // Put back already, or still a link to what somebody else has.
+        std::fs::create_dir(&git).unwrap();
+        assert_eq!(end(), ErrorClass::Conflict);
+        std::fs::rename(&git, place.path().join("aside")).unwrap();
+        symlink("/proc/1", &git).unwrap();
+        assert_eq!(end(), ErrorClass::Conflict);
+        std::fs::remove_file(&git).unwrap();
+        assert_eq!(end(), ErrorClass::Conflict);
+
+        std::fs::create_dir(&git).unwrap();
+        chown(&git, Some(20_001), None).expect("only root can give away: run the tests as root, as CI does");
+        assert_eq!(end(), ErrorClass::Forbidden);
+        chown(&git, Some(geteuid().as_raw()), None).unwrap();
+        chown(place.path(), Some(20_001), None).unwrap();
+        assert_eq!(end(), ErrorClass::Forbidden);
+    }
 }
