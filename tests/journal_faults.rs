@@ -9,7 +9,11 @@ mod githttp;
 mod scene;
 mod support;
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use githttp::{Behaviour, Server, Upstream};
 use haul::{
@@ -232,12 +236,11 @@ async fn a_journal_of_a_later_version_is_refused_and_left_alone() {
     assert_eq!(fs::read(&path).unwrap().len(), bytes.len());
 }
 
-#[tokio::test]
-async fn a_journal_of_before_versions_were_written_is_taken_over() {
+/// A journal as one was made before versions were written, in a table without row numbers.
+async fn of_before(journals: &Journals, name: &str) -> PathBuf {
     use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
-    let journals = Journals::new().await;
-    let path = journals.closed("now");
-    let old = journals.place("old");
+    let path = journals.closed(&format!("{name}-now"));
+    let old = journals.place(name);
     let mut source = SqliteConnectOptions::new().filename(&path).create_if_missing(true).connect().await.unwrap();
     let attach = format!("ATTACH '{}' AS old", old.display());
     for sql in [
@@ -252,8 +255,32 @@ async fn a_journal_of_before_versions_were_written_is_taken_over() {
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&mut source).await.unwrap();
     }
     source.close().await.unwrap();
+    old
+}
+
+#[tokio::test]
+async fn a_journal_of_before_versions_were_written_is_taken_over() {
+    let journals = Journals::new().await;
+    let old = of_before(&journals, "old").await;
     assert_eq!(survives(&journals, &old, "an earlier one").await, TASKS);
     assert!(!told(&old));
+}
+
+#[tokio::test]
+async fn a_damaged_journal_without_row_numbers_is_saved_from_both_ends() {
+    let journals = Journals::new().await;
+    let mut saved = 0;
+    for number in 0..8 {
+        let old = of_before(&journals, &format!("old{number}")).await;
+        assert_eq!(survives(&journals, &old, "an earlier one").await, TASKS);
+        let mut bytes = fs::read(&old).unwrap();
+        let pages = bytes.len() / 4096;
+        let page = (pages / 4 + number * pages / 16) * 4096;
+        bytes[page..page + 4096].fill(0);
+        fs::write(&old, bytes).unwrap();
+        saved += survives(&journals, &old, &format!("page at {page} zeroed")).await;
+    }
+    assert!(saved > 8 * TASKS * 2 / 3, "{saved} of {} rows were saved", 8 * TASKS);
 }
 
 #[tokio::test]

@@ -37,7 +37,8 @@ pub(crate) async fn throughput(world: &mut World) {
     let python = sides::python();
     let mut haul = Series::new(format!("haul, {} slots, window {}", size.0, size.1));
     let mut bare = Series::new("bare loop (consume, publish, ack)");
-    let mut celery = Series::new("Celery, 2 processes, acks late");
+    let mut celery = Series::new("Celery, 2 processes, acks late, tells nobody");
+    let mut telling = Series::new("the same Celery, tells of begin and end");
     let (mut events, mut seconds) = (0.0, 0.0);
     for round in 0..world.arguments.rounds {
         rig.fill(tasks).await;
@@ -52,14 +53,15 @@ pub(crate) async fn throughput(world: &mut World) {
         haul.rounds.push(tasks as f64 / took * 1e9);
         bare.rounds.push(sides::bare(&rig, tasks).await);
         if let Some(python) = &python {
-            celery.rounds.push(sides::celery(&rig, python, tasks / CELERY_SHARE, &log(&place, "celery")).await);
+            let (tasks, log) = (tasks / CELERY_SHARE, log(&place, "celery"));
+            celery.rounds.push(sides::celery(&rig, python, tasks, false, &log).await);
+            telling.rounds.push(sides::celery(&rig, python, tasks, true, &log).await);
         }
+        let of = |series: &Series| series.rounds.get(round).copied().unwrap_or(f64::NAN);
+        let [haul, bare, celery, telling] = [&haul, &bare, &celery, &telling].map(of);
+        let round = round + 1;
         eprintln!(
-            "round {}: haul {:.0}/s, bare {:.0}/s, Celery {:.0}/s",
-            round + 1,
-            haul.rounds[round],
-            bare.rounds[round],
-            celery.rounds.get(round).unwrap_or(&f64::NAN)
+            "round {round}: haul {haul:.0}/s, bare {bare:.0}/s, Celery {celery:.0}/s, Celery that tells {telling:.0}/s"
         );
     }
     let all = tasks as f64 * world.arguments.rounds as f64;
@@ -72,7 +74,7 @@ pub(crate) async fn throughput(world: &mut World) {
     let title = "Tasks that do nothing, durable journal, events confirmed".to_owned();
     let mut series = vec![haul, bare];
     if python.is_some() {
-        series.push(celery);
+        series.extend([celery, telling]);
     }
     world.report.add(Comparison { name: "messages-throughput".to_owned(), title, series, rate: true });
     rig.remove(std::iter::once(rig::NODE.to_owned())).await;

@@ -9,6 +9,8 @@ from celery import Celery
 from celery.signals import task_postrun, task_prerun
 
 role, url, queue, tasks, prefetch = sys.argv[1:6]
+# A queue that is told of the begin and the end of every task, or nothing.
+results = sys.argv[6] if len(sys.argv) > 6 else None
 processes = 2
 app = Celery("bench", broker=url)
 app.conf.update(
@@ -17,7 +19,10 @@ app.conf.update(
     task_default_routing_key=queue,
     task_default_queue_type="quorum",
     task_acks_late=True,
-    task_ignore_result=True,
+    task_ignore_result=results is None,
+    task_track_started=results is not None,
+    result_backend=results and "rpc://",
+    result_persistent=True,
     worker_prefetch_multiplier=int(prefetch) // processes,
     worker_detect_quorum_queues=True,
     broker_connection_retry_on_startup=True,
@@ -58,7 +63,7 @@ if role == "fill":
     app.conf.broker_transport_options = {}
     with app.producer_or_acquire() as producer:
         for _ in range(int(tasks)):
-            nothing.apply_async(producer=producer)
+            nothing.apply_async(producer=producer, **({"reply_to": results} if results else {}))
 else:
     app.worker_main(
         ["worker", "--concurrency", str(processes), "--pool", "prefork", "--loglevel", "WARNING"]

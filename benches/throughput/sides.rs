@@ -86,14 +86,21 @@ pub(crate) fn python() -> Option<PathBuf> {
 }
 
 /// One round of a Celery worker of two processes: tasks a second, from the first's start to the last's end.
-pub(crate) async fn celery(rig: &rig::Rig, python: &Path, tasks: u64, log: &Path) -> f64 {
+///
+/// It `tells` a durable queue of the begin and the end of each, as its results backend over AMQP does it, or nobody.
+pub(crate) async fn celery(rig: &rig::Rig, python: &Path, tasks: u64, tells: bool, log: &Path) -> f64 {
     let queue = format!("{}.celery", rig.names.prefix());
+    let results = format!("{queue}.results");
+    if tells {
+        rig::quorum_queue(&rig.channel, &results).await;
+    }
     let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("benches/throughput/celery_side.py");
     let command = |role: &str| {
         let mut command = Command::new(python);
         command
             .arg(&script)
             .args([role, &rig.url, &queue, &tasks.to_string(), &PREFETCH.to_string()])
+            .args(tells.then_some(&results))
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .stderr(std::fs::File::create(log).expect("the log can be written"));
         command
@@ -105,6 +112,10 @@ pub(crate) async fn celery(rig: &rig::Rig, python: &Path, tasks: u64, log: &Path
     let took: f64 = process.says("done").parse().expect("it is a number");
     process.end();
     let _ = rig.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
+    if tells {
+        assert_eq!(u64::from(rig.ready(&results).await), 2 * tasks, "Celery told of every begin and end");
+        let _ = rig.channel.queue_delete(results.into(), QueueDeleteOptions::default()).await;
+    }
     tasks as f64 / took * 1e9
 }
 

@@ -26,6 +26,10 @@ use crate::{journal::Entry, protocol::TaskId};
 use upsert::{LARGEST_STATEMENT, NOTES_AT_ONCE};
 
 /// The tables. An entry is one JSON text: only what is searched for has a column of its own.
+///
+/// A row is about a kilobyte, of which a table without row numbers keeps a part on a page of its own: it writes three times
+/// as many pages where identities come in order, and five times where they come by chance. Journals that were made so stay
+/// so, and every statement fits both. The indexes hold whole keys, for a table that cannot be read.
 const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS entry (
     task TEXT NOT NULL,
@@ -37,11 +41,11 @@ CREATE TABLE IF NOT EXISTS entry (
     body TEXT NOT NULL,
     sum INTEGER,
     PRIMARY KEY (task, round)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS entry_seen ON entry (seen);
-CREATE INDEX IF NOT EXISTS entry_owes ON entry (task) WHERE owes;
-CREATE INDEX IF NOT EXISTS entry_waiting_clone ON entry (task) WHERE waiting_clone;
-CREATE INDEX IF NOT EXISTS entry_running ON entry (task) WHERE running;
+);
+CREATE INDEX IF NOT EXISTS entry_seen ON entry (seen, task, round);
+CREATE INDEX IF NOT EXISTS entry_owes ON entry (task, round) WHERE owes;
+CREATE INDEX IF NOT EXISTS entry_waiting_clone ON entry (task, round) WHERE waiting_clone;
+CREATE INDEX IF NOT EXISTS entry_running ON entry (task, round) WHERE running;
 CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL, sum INTEGER) WITHOUT ROWID;
 ";
 

@@ -53,8 +53,15 @@ pub(super) async fn connect(path: &Path, left: &Left) -> Result<SqliteConnection
 async fn prepare(connection: &mut SqliteConnection, path: &Path, left: &Left) -> Result<(), JournalError> {
     let failed = |error: sqlx::Error| database(path, "opened", &error);
     let version = version(connection, path).await?;
-    // A few pages are touched at a time: the default cache of 2 MB would only add to the idle agent.
-    for pragma in ["PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA cache_size = -512"] {
+    let pragmas = [
+        "PRAGMA journal_mode = WAL",
+        "PRAGMA synchronous = FULL",
+        // A few pages are touched at a time: the default cache of 2 MB would only add to the idle agent.
+        "PRAGMA cache_size = -512",
+        // What undoes a statement of many rows would else be a file made and removed for each.
+        "PRAGMA temp_store = MEMORY",
+    ];
+    for pragma in pragmas {
         sqlx::query(pragma).execute(&mut *connection).await.map_err(failed)?;
     }
     let log = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").fetch_one(&mut *connection).await.map_err(failed)?;

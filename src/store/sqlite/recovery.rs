@@ -149,10 +149,15 @@ impl Salvaged {
             self.by_keys(few, source, target).await?;
         }
         // From the front to the first page that cannot be read, and from the back to the last one.
-        let whole = self.scan("SELECT task, round, body, sum FROM entry ORDER BY task, round", source, target).await?;
+        let whole = self.scan("SELECT task, round, body, sum FROM entry NOT INDEXED", source, target).await?;
         if !whole {
-            let backwards = "SELECT task, round, body, sum FROM entry ORDER BY task DESC, round DESC";
-            self.scan(backwards, source, target).await?;
+            // A table of before has no row numbers, and is in the order of its keys.
+            for backwards in [
+                "SELECT task, round, body, sum FROM entry ORDER BY rowid DESC",
+                "SELECT task, round, body, sum FROM entry ORDER BY task DESC, round DESC",
+            ] {
+                self.scan(backwards, source, target).await?;
+            }
             self.by_keys(ONE_BY_ONE, source, target).await?;
         }
         Ok(())
