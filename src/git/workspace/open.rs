@@ -97,7 +97,6 @@ pub(in crate::git) fn forget_search_paths() {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use std::os::unix::fs::{chown, symlink};
 
