@@ -32,7 +32,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::admin::{Admin, Poured, exists_otherwise};
 use self::{
-    dial::Target,
+    dial::{Target, Wire},
     lane::Lane,
     link::{Line, Link, Source, State},
     looks::Looks,
@@ -212,14 +212,15 @@ impl RabbitMq {
 }
 
 /// A pool of one publishing connection to an address.
-fn pool(target: &Target) -> deadpool_lapin::Pool {
-    let (uri, properties) = (target.address.for_lapin(), target.properties());
-    let manager = deadpool_lapin::Manager::new(uri, move || properties.clone(), target.runtime());
-    deadpool_lapin::Pool::builder(manager)
+fn pool(target: &Target) -> (deadpool_lapin::Pool, Wire) {
+    let (uri, properties, wire) = (target.address.for_lapin(), target.properties(), target.wire());
+    let manager = deadpool_lapin::Manager::new(uri, move || properties.clone(), wire.runtime());
+    let pool = deadpool_lapin::Pool::builder(manager)
         // One more than is used: the last one may still be held for the moment in which it is found broken.
         .max_size(2)
         .build()
-        .expect("a pool without timeouts of its own needs no runtime")
+        .expect("a pool without timeouts of its own needs no runtime");
+    (pool, wire)
 }
 
 impl Publisher {

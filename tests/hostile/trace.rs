@@ -47,14 +47,9 @@ impl Tracer {
     pub(crate) fn new(directory: &Path, program: &Path) -> Self {
         fs::create_dir(directory).unwrap();
         let script = directory.join("traced.sh");
-        // The tracer is nobody's parent: the child looks for the agent as its own.
-        let text = format!(
-            "#!/bin/sh\nexec strace -DD -f -qq -y --seccomp-bpf -o {}/$$.trace -e signal=none -e trace={TRACED} {} \"$@\"\n",
-            directory.display(),
-            program.display()
-        );
-        fs::write(&script, text).unwrap();
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let traces = directory.display();
+        let options = format!("-y --seccomp-bpf -o {traces}/$$.trace -e signal=none -e trace={TRACED}");
+        under_strace(&script, &options, program);
         Self { directory: directory.to_owned() }
     }
 
@@ -81,6 +76,14 @@ impl Tracer {
         }
         traces
     }
+}
+
+/// Writes a `script` that starts `program` under strace.
+pub(crate) fn under_strace(script: &Path, options: &str, program: &Path) {
+    // The tracer is nobody's parent: the child looks for the agent as its own.
+    let text = format!("#!/bin/sh\nexec strace -DD -f -qq {options} {} \"$@\"\n", program.display());
+    fs::write(script, text).unwrap();
+    fs::set_permissions(script, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 /// Whether some process still has the file open.

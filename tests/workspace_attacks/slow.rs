@@ -1,12 +1,15 @@
 //! A disk that is slow because others write to it is no fault of the workspace.
 
-use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
+use std::{fs, time::Duration};
 
 use haul::{execute::Execute, git::Run};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::scene::{Always, Scene, open, program};
+use crate::{
+    scene::{Always, Scene, open, program},
+    trace::under_strace,
+};
 
 /// Longer than what is waited for without a sign of life.
 const STALL: Duration = Duration::from_secs(2);
@@ -18,13 +21,8 @@ pub(crate) async fn run() {
     let project = scene.behind("p");
     // The kernel writes what others have left to write, too, before `syncfs` returns.
     let script = scene.path("slow.sh");
-    let text = format!(
-        "#!/bin/sh\nexec strace -DD -f -qq -o /dev/null -e trace=syncfs -e inject=syncfs:delay_enter={} {} \"$@\"\n",
-        SYNC.as_micros(),
-        program().display()
-    );
-    fs::write(&script, text).unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let delay = format!("-o /dev/null -e trace=syncfs -e inject=syncfs:delay_enter={}", SYNC.as_micros());
+    under_strace(&script, &delay, &program());
     scene.executor = open(&scene.storage(), script).await;
     let job = scene.job("pull", 1, &json!({}));
     let run = Run {

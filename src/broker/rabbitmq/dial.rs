@@ -1,12 +1,13 @@
 //! How a connection is made: addresses in turn, TLS with the operator's certificates, a deadline for every step.
 //!
 //! lapin asks its runtime for a stream; ours hands it one that is dialled, encrypted and filtered here. So the pool
-//! of publishers and the consumers share one way to connect.
+//! of publishers and the consumers share one way to connect. It is dialled before lapin is asked for a connection: a task
+//! of lapin's outlives each attempt at an address that does not answer (4.12), which adds up while a broker is away.
 
 use std::{
     fmt, io,
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -38,6 +39,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// What lapin takes for its runtime: tokio, with our way to connect.
 pub(super) type Kit = RuntimeParts<Tokio, Wire>;
 type Plain = <Tokio as Reactor>::TcpStream;
+type Dialled = Inbound<AsyncTcpStream<Plain>>;
 
 /// Why no connection came about.
 #[derive(Clone, Debug)]
@@ -63,7 +65,7 @@ impl From<DialError> for BrokerError {
 /// One address, ready to connect to.
 pub(super) struct Target {
     pub(super) address: Address,
-    wire: Wire,
+    host: Arc<Host>,
     properties: ConnectionProperties,
 }
 
@@ -82,23 +84,23 @@ impl Target {
         Ok(addresses
             .into_iter()
             .map(|address| Self {
-                wire: Wire(Arc::new(WireInner {
-                    host: address.broker.host.clone(),
+                host: Arc::new(Host {
+                    name: address.broker.host.clone(),
                     port: address.broker.port,
                     patience: address.patience(),
                     tls: tls.clone().filter(|_| address.broker.tls),
                     tokio: Tokio::current(),
                     seen: ServerProperties::default(),
-                })),
+                }),
                 address,
                 properties: properties.clone(),
             })
             .collect())
     }
 
-    /// The runtime to give lapin for this address.
-    pub(super) fn runtime(&self) -> Runtime<Kit> {
-        Runtime::new(RuntimeParts::new(self.wire.0.tokio.clone(), self.wire.clone()))
+    /// A way to this address for one connection at a time.
+    pub(super) fn wire(&self) -> Wire {
+        Wire { host: Arc::clone(&self.host), ready: Arc::default() }
     }
 
     /// What we tell the broker of ourselves.
@@ -108,26 +110,32 @@ impl Target {
 
     /// What the broker told of itself when it was last connected to.
     pub(super) fn server(&self) -> &ServerProperties {
-        &self.wire.0.seen
+        &self.host.seen
     }
 
     /// A connection of one's own.
     pub(super) async fn connect(&self) -> Result<Connection, DialError> {
-        let uri = self.address.for_lapin();
-        self.bounded(Connection::connect_with_runtime(&uri, self.properties(), self.runtime())).await
+        let (uri, wire) = (self.address.for_lapin(), self.wire());
+        self.over(&wire, Connection::connect_with_runtime(&uri, self.properties(), wire.runtime())).await
     }
 
-    /// Puts a deadline on `connecting` and words on its failure.
-    pub(super) async fn bounded<C, E: Into<ConnectError>>(
+    /// Dials, then lets `connecting` go on over that; puts a deadline on both and words on their failure.
+    pub(super) async fn over<C, E: Into<ConnectError>>(
         &self,
+        wire: &Wire,
         connecting: impl Future<Output = Result<C, E>>,
     ) -> Result<C, DialError> {
-        let (reason, refused) = match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
+        let dialled = async {
+            wire.dial().await.map_err(|error| ConnectError::Other(error.to_string()))?;
+            connecting.await.map_err(Into::into)
+        };
+        let connected = tokio::time::timeout(CONNECT_TIMEOUT, dialled).await;
+        // Nobody took it where the pool had a connection.
+        drop(wire.take());
+        let (reason, refused) = match connected {
             Ok(Ok(connection)) => return Ok(connection),
-            Ok(Err(error)) => match error.into() {
-                ConnectError::Lapin(error) => (words(&error), is_refusal(&error)),
-                ConnectError::Other(reason) => (reason, false),
-            },
+            Ok(Err(ConnectError::Lapin(error))) => (words(&error), is_refusal(&error)),
+            Ok(Err(ConnectError::Other(reason))) => (reason, false),
             Err(_) => ("no answer in time".to_owned(), false),
         };
         Err(DialError { address: self.address.to_string(), reason, refused })
@@ -218,10 +226,14 @@ fn connector(settings: &BrokerSettings) -> Result<RustlsConnector, BrokerError> 
 
 /// Connects to one host, whatever address lapin thinks it asks for.
 #[derive(Clone)]
-pub(super) struct Wire(Arc<WireInner>);
+pub(super) struct Wire {
+    host: Arc<Host>,
+    /// What was dialled and not asked for yet.
+    ready: Arc<Mutex<Option<Dialled>>>,
+}
 
-struct WireInner {
-    host: String,
+struct Host {
+    name: String,
     port: u16,
     patience: Option<Duration>,
     tls: Option<RustlsConnector>,
@@ -229,16 +241,39 @@ struct WireInner {
     seen: ServerProperties,
 }
 
-impl WireInner {
-    async fn dial(&self) -> io::Result<Inbound<AsyncTcpStream<Plain>>> {
+impl Wire {
+    /// The runtime to give lapin.
+    pub(super) fn runtime(&self) -> Runtime<Kit> {
+        Runtime::new(RuntimeParts::new(self.host.tokio.clone(), self.clone()))
+    }
+
+    /// Has a stream ready for lapin to ask for.
+    async fn dial(&self) -> io::Result<()> {
+        let stream = self.host.dial_in_time().await?;
+        *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+        Ok(())
+    }
+
+    fn take(&self) -> Option<Dialled> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Host {
+    async fn dial_in_time(&self) -> io::Result<Dialled> {
+        let late = || io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
+        tokio::time::timeout(DIAL_TIMEOUT, self.dial()).await.unwrap_or_else(|_| Err(late()))
+    }
+
+    async fn dial(&self) -> io::Result<Dialled> {
         let mut failure = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-        for address in tokio::net::lookup_host((self.host.as_str(), self.port)).await? {
+        for address in tokio::net::lookup_host((self.name.as_str(), self.port)).await? {
             match self.tokio.tcp_connect_addr(address).await {
                 Ok(stream) => {
                     let silence = Silence::start(CONNECT_TIMEOUT, self.patience);
                     let plain = AsyncTcpStream::Plain(stream);
                     let stream = match &self.tls {
-                        Some(connector) => plain.into_rustls(connector, &self.host).await?,
+                        Some(connector) => plain.into_rustls(connector, &self.name).await?,
                         None => plain,
                     };
                     return Ok(Inbound::new(stream, self.seen.clone(), silence));
@@ -252,12 +287,12 @@ impl WireInner {
 
 impl fmt::Debug for Wire {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Wire").field("host", &self.0.host).field("port", &self.0.port).finish_non_exhaustive()
+        f.debug_struct("Wire").field("host", &self.host.name).field("port", &self.host.port).finish_non_exhaustive()
     }
 }
 
 impl Reactor for Wire {
-    type TcpStream = Inbound<AsyncTcpStream<Plain>>;
+    type TcpStream = Dialled;
     type Sleep = <Tokio as Reactor>::Sleep;
 
     fn register<H: io::Read + io::Write + Send + 'static>(
@@ -268,19 +303,42 @@ impl Reactor for Wire {
     }
 
     fn sleep(&self, duration: Duration) -> Self::Sleep {
-        self.0.tokio.sleep(duration)
+        self.host.tokio.sleep(duration)
     }
 
     fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
-        self.0.tokio.interval(duration)
+        self.host.tokio.interval(duration)
     }
 
     fn tcp_connect_addr(&self, _: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        let inner = Arc::clone(&self.0);
+        let wire = self.clone();
         async move {
-            tokio::time::timeout(DIAL_TIMEOUT, inner.dial())
-                .await
-                .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in time")))
+            match wire.take() {
+                Some(stream) => Ok(stream),
+                None => wire.host.dial_in_time().await,
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use secrecy::SecretString;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn attempts_at_a_broker_that_is_away_leave_nothing_behind() {
+        // A port that nobody listens on.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let urls = vec![SecretString::from(format!("amqp://127.0.0.1:{port}/"))];
+        let targets = Target::all(&BrokerSettings { urls, ..BrokerSettings::default() }, "test").unwrap();
+        let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        let before = alive();
+        for _ in 0..20 {
+            let error = targets[0].connect().await.err().expect("nobody listens");
+            assert!(!error.refused && error.reason.contains("refused"), "{error:?}");
+        }
+        assert_eq!(alive(), before, "tasks are left behind");
     }
 }

@@ -14,7 +14,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    dial::{DialError, Target, words},
+    dial::{DialError, Target, Wire, words},
     waits::Waits,
 };
 use crate::broker::Health;
@@ -112,8 +112,8 @@ pub(super) enum State {
 
 /// Where a link's connections come from.
 pub(super) enum Source {
-    /// One pool for each address, each of one connection.
-    Pools(Vec<deadpool_lapin::Pool>),
+    /// One pool for each address, each of one connection, with the way that it connects.
+    Pools(Vec<(deadpool_lapin::Pool, Wire)>),
     /// Our own.
     Own,
 }
@@ -250,7 +250,10 @@ impl Keeper {
             let target = &self.targets[index];
             let held = match &self.source {
                 Source::Own => target.connect().await.map(Held::Own),
-                Source::Pools(pools) => target.bounded(pools[index].get()).await.map(Held::Pooled),
+                Source::Pools(pools) => {
+                    let (pool, wire) = &pools[index];
+                    target.over(wire, pool.get()).await.map(Held::Pooled)
+                }
             };
             match held {
                 Ok(held) => {
