@@ -336,7 +336,7 @@ mod tests {
         let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
         let before = alive();
         for _ in 0..20 {
-            let error = targets[0].connect().await.err().expect("nobody listens");
+            let error = targets[0].connect().await.expect_err("nobody listens");
             assert!(!error.refused && error.reason.contains("refused"), "{error:?}");
         }
         assert_eq!(alive(), before, "tasks are left behind");
