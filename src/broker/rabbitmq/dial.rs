@@ -2,7 +2,7 @@
 //!
 //! lapin asks its runtime for a stream; ours hands it one that is dialled, encrypted and filtered here. So the pool
 //! of publishers and the consumers share one way to connect. It is dialled before lapin is asked for a connection: a task
-//! of lapin's outlives each attempt at an address that does not answer (4.12), which adds up while a broker is away.
+//! of lapin's (4.12) outlives each attempt that gets no stream (amqp-rs/lapin issue 368), which adds up while a broker is away.
 
 use std::{
     fmt, io,
