@@ -247,6 +247,7 @@ async fn resume(world: &mut World, size: &str) {
     let before = world.server.counts();
     run_git(git_clone(&place, &url, "whole"));
     let whole = world.server.counts().pack_bytes - before.pack_bytes;
+    assert!(whole > 0, "a clone fetches something");
     world.server.limit(whole / SHARE / KILL_EVERY.as_secs());
     let before = world.server.counts();
     let begun = Instant::now();

@@ -93,7 +93,7 @@ impl Shared {
         let request = Request::read(&mut stream)?;
         let mut parts = request.path.trim_start_matches('/').splitn(3, '/');
         let (_, name, rest) = (parts.next(), parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-        let is_pack = request.has(b"command=fetch");
+        let is_pack = request.is_for_a_pack();
         self.listings.fetch_add(u64::from(request.has(b"command=ls-refs")), Ordering::Relaxed);
         self.packs.fetch_add(u64::from(is_pack), Ordering::Relaxed);
         let Some(directory) = self.repositories.lock().expect("nobody panicked").get(name).cloned() else {

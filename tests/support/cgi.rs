@@ -54,6 +54,12 @@ impl Request {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
+    /// Whether it asks for a pack. Git compresses what is longer than a kilobyte, as no question for a listing is.
+    pub(crate) fn is_for_a_pack(&self) -> bool {
+        let compressed = self.header("content-encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("gzip"));
+        self.has(b"command=fetch") || compressed && self.path.ends_with("/git-upload-pack")
+    }
+
     /// Whether the body holds this.
     pub(crate) fn has(&self, what: &[u8]) -> bool {
         self.body.windows(what.len()).any(|window| window == what)

@@ -357,7 +357,7 @@ impl Shared {
 
     fn serve(&self, stream: &mut impl Stream, socket: &TcpStream) -> std::io::Result<()> {
         let request = Request::read(stream)?;
-        let is_pack = request.has(b"command=fetch");
+        let is_pack = request.is_for_a_pack();
         // Whoever says where its history ends already wants no more of it.
         let is_depth = is_pack && (request.has(b"deepen ") || request.has(b"shallow "));
         let handler = self.state.lock().unwrap().handler.clone();
