@@ -32,6 +32,8 @@ use super::{
 
 /// How long one call may take.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Before a question that broke the broker's side down is asked again.
+const PAUSES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(300), Duration::from_millis(900)];
 /// The largest answer that is read: ten thousand queues are about 5 MB.
 const LARGEST_ANSWER: u64 = 64 * 1024 * 1024;
 
@@ -214,9 +216,27 @@ impl Management {
 
     fn call_blocking(&self, method: &str, path: &str, body: Option<Value>) -> Result<Option<Value>, BrokerError> {
         let address = format!("{}/api/{path}", self.base);
+        let mut pauses = PAUSES.into_iter();
+        let (status, bytes) = loop {
+            let (status, bytes) = self.ask(method, &address, body.as_ref())?;
+            // It counts queues while others delete them, and breaks down over one that is gone.
+            match pauses.next().filter(|_| method == "GET" && status.is_server_error()) {
+                Some(pause) => std::thread::sleep(pause),
+                None => break (status, bytes),
+            }
+        };
+        match status {
+            StatusCode::NOT_FOUND => Ok(None),
+            status if status.is_success() => Ok(Some(serde_json::from_slice(&bytes).unwrap_or(Value::Null))),
+            status => Err(BrokerError::Refused { what: address, reason: reason(status, &bytes, &self.user) }),
+        }
+    }
+
+    /// One question, and what is answered.
+    fn ask(&self, method: &str, address: &str, body: Option<&Value>) -> Result<(StatusCode, Vec<u8>), BrokerError> {
         let request = Request::builder()
             .method(method)
-            .uri(&address)
+            .uri(address)
             .header("authorization", basic(&self.user, &self.password))
             .header("content-type", "application/json")
             .body(body.map(|body| body.to_string()).unwrap_or_default())
@@ -229,11 +249,7 @@ impl Management {
             .limit(LARGEST_ANSWER)
             .read_to_vec()
             .map_err(|error| self.unreachable(error.to_string()))?;
-        match response.status() {
-            StatusCode::NOT_FOUND => Ok(None),
-            status if status.is_success() => Ok(Some(serde_json::from_slice(&bytes).unwrap_or(Value::Null))),
-            status => Err(BrokerError::Refused { what: address, reason: reason(status, &bytes, &self.user) }),
-        }
+        Ok((response.status(), bytes))
     }
 
     fn unreachable(&self, reason: String) -> BrokerError {
@@ -324,6 +340,27 @@ mod tests {
             management_url: management.map(SecretString::from),
             ..BrokerSettings::default()
         }
+    }
+
+    #[tokio::test]
+    async fn a_question_that_breaks_the_broker_s_side_down_is_asked_again_and_an_order_is_not() {
+        use std::io::{BufRead as _, BufReader, Write as _};
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for (number, stream) in listener.incoming().map_while(Result::ok).enumerate() {
+                let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
+                assert!(lines.any(|line| line.is_empty()));
+                let (status, body) = if number == 2 { ("200 OK", "[7]") } else { ("500 Internal Server Error", "") };
+                let answer =
+                    format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
+                let _ = (&stream).write_all(answer.as_bytes());
+            }
+        });
+        let management = Management::new(&settings("amqp://h", Some(&url))).unwrap();
+        assert_eq!(management.get("queues".to_owned()).await.unwrap(), json!([7]));
+        let refused = management.call("PUT", "queues/q".to_owned(), None).await.unwrap_err();
+        assert!(refused.to_string().contains("500"), "{refused}");
     }
 
     #[test]

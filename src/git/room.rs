@@ -1,6 +1,6 @@
 //! Whether a disk has room for what is about to be written, and whether it is to blame for what failed.
 
-use std::path::Path;
+use std::{os::fd::AsFd, path::Path};
 
 use bytesize::ByteSize;
 use rustix::{
@@ -15,7 +15,15 @@ use crate::failure::{ErrorClass, Failure};
 /// # Errors
 /// `disk`, which waits without spending attempts.
 pub(crate) fn room(place: &Path, whose: &str, bytes: u64, reserve: u64) -> Result<(), Failure> {
-    let disk = rustix::fs::statvfs(place).map_err(std::io::Error::from)?;
+    enough(rustix::fs::statvfs(place).map_err(std::io::Error::from)?, whose, bytes, reserve)
+}
+
+/// The same for the disk of a directory that is open: the names that lead to it may be a user's to change.
+pub(crate) fn room_within(place: impl AsFd, whose: &str, bytes: u64, reserve: u64) -> Result<(), Failure> {
+    enough(rustix::fs::fstatvfs(place).map_err(std::io::Error::from)?, whose, bytes, reserve)
+}
+
+fn enough(disk: rustix::fs::StatVfs, whose: &str, bytes: u64, reserve: u64) -> Result<(), Failure> {
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if free >= bytes.saturating_add(reserve) {
         return Ok(());
@@ -102,6 +110,17 @@ mod tests {
         ] {
             assert_eq!(class(failure.clone()), expected, "{failure}");
         }
+    }
+
+    #[test]
+    fn room_is_asked_of_a_directory_wherever_its_name_leads() {
+        let place = tempfile::tempdir().unwrap();
+        let inner = place.path().join("inner");
+        std::fs::create_dir(&inner).unwrap();
+        let directory = std::fs::File::open(&inner).unwrap();
+        std::fs::rename(&inner, place.path().join("aside")).unwrap();
+        room_within(&directory, "projects", 1, 1).unwrap();
+        assert_eq!(room_within(&directory, "projects", 1, u64::MAX).unwrap_err().class, ErrorClass::Disk);
     }
 
     #[test]

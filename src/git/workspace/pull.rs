@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     apply::{self, Stage},
     backup, compare,
+    guard::among,
     index::Copied,
     lfs,
     look::{Head, head},
@@ -209,7 +210,7 @@ impl Work<'_> {
         let mut changes = compare::changes(self.repo, old_tree.as_ref(), &new_tree, self.order.budget, self.reporter)?;
         changes.sort_by(|a, b| a.path.cmp(&b.path));
         let mut copied = Copied::open(self.waiting)?;
-        if self.waiting.git.look("index.lock")?.is_some() {
+        if self.waiting.git.look("index.lock").map_err(among)?.is_some() {
             return Err(waiting::locked());
         }
         // Taken last of all: whoever holds it is not to find the files moved and the branch not.

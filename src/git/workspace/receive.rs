@@ -73,7 +73,7 @@ pub(super) fn receive(
     });
     let mut chunk = head;
     while !chunk.is_empty() {
-        room::room(&place, "projects", chunk.len() as u64, reserve)?;
+        room::room_within(&waiting.dir, "projects", chunk.len() as u64, reserve)?;
         if writer.write_all(&chunk).is_err() {
             return Err(write_fault());
         }
