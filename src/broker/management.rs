@@ -239,7 +239,7 @@ impl Management {
             .uri(address)
             .header("authorization", basic(&self.user, &self.password))
             .header("content-type", "application/json")
-            .body(body.map(|body| body.to_string()).unwrap_or_default())
+            .body(body.map(Value::to_string).unwrap_or_default())
             .map_err(|error| BrokerError::Settings(format!("broker.management_url cannot be used: {error}")))?;
         let mut response: Response<ureq::Body> =
             self.agent.run(request).map_err(|error| self.unreachable(error.to_string()))?;
