@@ -1,6 +1,7 @@
 //! A real agent process on a real broker, seen from outside: tasks go in, events and working trees come out.
 
 use std::{
+    fmt::Debug,
     fs::File,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -380,16 +381,9 @@ impl Agent {
     /// Waits until this many dead letters are there.
     pub async fn dead_letters(&self, count: u32) {
         let queue = self.names.dead();
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let depth = self.master.depth(&queue).await;
-            if matches!(&depth, Ok(Some(depth)) if depth.messages == count) {
-                return;
-            }
-            let late = Instant::now() >= deadline;
-            assert!(!late, "waited for {count} dead letters, saw {depth:?}; the agent's log:\n{}", self.log());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        let depth = async || self.master.depth(&queue).await.map(|depth| depth.map(|depth| depth.messages));
+        let there = |seen: &Result<_, _>| matches!(seen, Ok(Some(messages)) if *messages == count);
+        self.until_seen(&format!("{count} dead letters"), depth, there).await;
     }
 
     /// The rounds that the dead letters ask for, read and given back.
@@ -405,10 +399,20 @@ impl Agent {
     }
 
     /// Waits for something that has to be asked for.
-    pub async fn until_async(&self, what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    pub async fn until_async(&self, what: &str, holds: impl AsyncFnMut() -> bool) {
+        self.until_seen(what, holds, |holds| *holds).await;
+    }
+
+    /// The same; tells what it saw last, where that is not what is waited for.
+    async fn until_seen<T: Debug>(&self, what: &str, mut look: impl AsyncFnMut() -> T, holds: impl Fn(&T) -> bool) {
         let deadline = Instant::now() + PATIENCE;
-        while !holds().await {
-            assert!(Instant::now() < deadline, "waited for {what}; the agent's log:\n{}", self.log());
+        loop {
+            let seen = look().await;
+            if holds(&seen) {
+                return;
+            }
+            let late = Instant::now() >= deadline;
+            assert!(!late, "waited for {what}, saw {seen:?}; the agent's log:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }

@@ -261,8 +261,9 @@ impl Wire {
 
 impl Host {
     async fn dial_in_time(&self) -> io::Result<Dialled> {
-        let late = || io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
-        tokio::time::timeout(DIAL_TIMEOUT, self.dial()).await.unwrap_or_else(|_| Err(late()))
+        tokio::time::timeout(DIAL_TIMEOUT, self.dial())
+            .await
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in time")))
     }
 
     async fn dial(&self) -> io::Result<Dialled> {

@@ -3,7 +3,7 @@
 use std::{os::fd::AsFd, os::fd::AsRawFd, path::Path, sync::Once};
 
 use git2::{ConfigLevel, ErrorCode, Repository, RepositoryOpenFlags};
-use rustix::{fs::fstat, process::geteuid};
+use rustix::process::geteuid;
 
 use super::{
     guard::{self, altered, among, is_directory},
@@ -61,11 +61,8 @@ fn unopened(directory: &Dir, error: &git2::Error) -> Failure {
 /// Whether the project or its `.git` itself belongs to another user than the one who works in it.
 fn someone_elses(directory: &Dir) -> bool {
     let works = geteuid().as_raw();
-    let project = fstat(directory).is_ok_and(|stat| stat.st_uid != works);
-    project
-        || directory
-            .look(".git")
-            .is_ok_and(|found| found.is_some_and(|stat| is_directory(&stat) && stat.st_uid != works))
+    let foreign = |stat: rustix::fs::Stat| is_directory(&stat) && stat.st_uid != works;
+    [".", ".git"].into_iter().any(|name| directory.look(name).is_ok_and(|found| found.is_some_and(foreign)))
 }
 
 /// What an error of the library on a user's repository means.
