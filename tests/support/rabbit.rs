@@ -80,11 +80,19 @@ impl Rabbit {
         let mut kill = script("kill", &self.directory);
         kill.arg("--synced");
         run(kill);
+        self.has_let_go();
     }
 
     /// Ends the node as a power cut would, whatever it has on disk; for a node of a cluster, whose others know the rest.
     pub(crate) fn crash(&self) {
         run(script("kill", &self.directory));
+        self.has_let_go();
+    }
+
+    /// A process that was killed holds its ports until its last thread has ended, and a restart would find them taken.
+    fn has_let_go(&self) {
+        let refused = std::net::TcpStream::connect(self.address()).is_err();
+        assert!(refused, "a node that was killed still listens on {}", self.address());
     }
 
     /// Where its logs are.
