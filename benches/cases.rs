@@ -27,7 +27,7 @@ const CROWD: usize = 50;
 const KILL_EVERY: Duration = Duration::from_secs(4);
 const SHARE: u64 = 5;
 /// A clone that did not get through by then does not.
-const MOST_KILLS: u32 = 40;
+const MOST_KILLS: u32 = 200;
 
 pub(crate) async fn run(case: &str, world: &mut World, size: &str, path: &Path) {
     eprintln!("case {case}, repository {size}, {} rounds", world.rounds);
@@ -241,7 +241,7 @@ async fn concurrent(world: &mut World, size: &str) {
 async fn resume(world: &mut World, size: &str) {
     let place = world.place(&format!("resume-{size}"));
     let limits =
-        [TREE_FIRST_OFF, ("AGENT_RETRY__MAX_ATTEMPTS", "100"), ("AGENT_RETRY__BASE", "1s"), ("AGENT_RETRY__CAP", "1s")];
+        [TREE_FIRST_OFF, ("AGENT_RETRY__MAX_ATTEMPTS", "300"), ("AGENT_RETRY__BASE", "1s"), ("AGENT_RETRY__CAP", "1s")];
     let mut agent = world.agent(&place, &limits).await;
     let url = world.server.url("whole", size);
     let before = world.server.counts();

@@ -66,20 +66,23 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// A single look may fall into the moment in which connections are made anew, so tenths are compared by their medians.
 fn tell(world: &mut World, seen: &[Holds], tasks: u64, lost: u64) {
     let all = tasks * seen.len() as u64;
     let warm = &seen[WARM.min(seen.len()) - 1];
     let (at_last, after) = (seen.last().copied().unwrap_or_default(), &seen[WARM.min(seen.len()) - 1..]);
     let most = after.iter().map(|holds| holds.resident).max().unwrap_or(0);
-    let change = |to: u64| (to as f64 / warm.resident as f64 - 1.0) * 100.0;
+    let tenths: Vec<u64> = seen[WARM.min(seen.len() - 1)..].chunks(seen.len().div_ceil(10)).map(median).collect();
+    let overall = median(after) as f64;
+    let far = tenths.iter().map(|&tenth| (tenth as f64 / overall - 1.0) * 100.0);
+    let (low, high) = far.fold((0.0_f64, 0.0_f64), |(low, high), change| (low.min(change), high.max(change)));
+    let tenths: Vec<String> = tenths.iter().map(|&tenth| format!("{:.1}", process::megabytes(tenth))).collect();
     world.fact(format!(
-        "soak: {all} tasks and {lost} lost connections: {:.1} MB resident after the first tenth, {:.1} MB at the end \
-         ({:+.1} %), {:.1} MB at most ({:+.1} %)",
-        process::megabytes(warm.resident),
-        process::megabytes(at_last.resident),
-        change(at_last.resident),
+        "soak: {all} tasks and {lost} lost connections: resident memory after the first tenth {:.1} MB in the median, {:.1} MB \
+         at most; the tenths' medians {} MB, {low:+.1} to {high:+.1} % of it",
+        process::megabytes(median(after)),
         process::megabytes(most),
-        change(most),
+        tenths.join(", "),
     ));
     world.fact(format!(
         "soak: threads {} → {}, descriptors {} → {}, children {} → {}",
@@ -89,6 +92,12 @@ fn tell(world: &mut World, seen: &[Holds], tasks: u64, lost: u64) {
         fs::create_dir_all(out).expect("the results can be written");
         fs::write(out.join("messages-soak.svg"), plot(seen, tasks)).expect("the results can be written");
     }
+}
+
+fn median(seen: &[Holds]) -> u64 {
+    let mut resident: Vec<u64> = seen.iter().map(|holds| holds.resident).collect();
+    resident.sort_unstable();
+    resident.get(resident.len() / 2).copied().unwrap_or(0)
 }
 
 /// Resident memory over the tasks done.

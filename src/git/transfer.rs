@@ -15,6 +15,8 @@ mod journey;
 mod lfs;
 mod meter;
 mod milestones;
+mod negotiation;
+mod pieces;
 mod process;
 mod status;
 mod verdict;
@@ -216,6 +218,17 @@ trait Transport {
         wants: &BTreeSet<String>,
         depth: Option<NonZeroU32>,
     ) -> Result<Received, Failure>;
+
+    /// Receives a pack with the commits and trees of `wants`, without what their files contain, into `place`, less what
+    /// the refs of `mirror` lead to. `None` where the upstream cannot leave files out.
+    fn outline(
+        &mut self,
+        _mirror: &Bare,
+        _wants: &BTreeSet<String>,
+        _place: &Bare,
+    ) -> Result<Option<Received>, Failure> {
+        Ok(None)
+    }
 
     /// Where the upstream would cut the history of `tip` so that it is `depth` commits deep: the last commits that would
     /// still be sent, none if that is all of it. `None` where it cannot be asked. The conversation is over after this.

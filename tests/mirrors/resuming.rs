@@ -15,6 +15,7 @@ use std::{
 };
 
 use haul::git::mirror::{Fetched, Want};
+use serde_json::json;
 
 use crate::{
     githttp::{Server, Upstream, git_command},
@@ -94,20 +95,65 @@ fn carry(mut from: TcpStream, mut to: TcpStream, rate: u64, count: &AtomicU64) {
     }
 }
 
-/// A history of many commits, each with something that does not compress; with merges, and a branch beside it.
-fn long_history(tags: bool) -> Upstream {
+/// Texts that do not compress.
+struct Noise(u64);
+
+impl Noise {
+    fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+
+    fn text(&mut self, length: usize) -> String {
+        let mut text = String::new();
+        while text.len() < length {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            let _ = write!(text, "{:016x}", self.0);
+        }
+        text
+    }
+}
+
+/// A repository that `git fast-import` makes of a stream.
+fn imported(stream: &str) -> Upstream {
     let upstream = Upstream::new();
     upstream.git(&["rev-parse", "--git-dir"]);
-    let mut stream = String::new();
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for n in 1..=300 {
-        let mut text = String::new();
-        while text.len() < 5000 {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            let _ = write!(text, "{state:016x}");
+    let mut git =
+        git_command(&upstream.path()).args(["fast-import", "--quiet", "--done"]).stdin(Stdio::piped()).spawn().unwrap();
+    git.stdin.take().unwrap().write_all(stream.as_bytes()).unwrap();
+    assert!(git.wait().unwrap().success());
+    upstream.git(&["repack", "-adq"]);
+    upstream
+}
+
+/// A history whose first commit has all that is large, in many files, and after it a few small ones.
+fn large_commit() -> Upstream {
+    let (mut stream, mut noise) = (String::new(), Noise::new());
+    for n in 1..=5 {
+        let _ = write!(stream, "commit refs/heads/main\nmark :{n}\ncommitter A <a@example.org> {n} +0000\ndata 1\nc\n");
+        if n > 1 {
+            let _ = writeln!(stream, "from :{}", n - 1);
         }
+        for file in 0..if n == 1 { 90 } else { 1 } {
+            let text = noise.text(40_000);
+            let _ = write!(stream, "M 100644 inline {}/{n}-{file}.txt\ndata {}\n{text}\n", file % 7, text.len());
+        }
+        // A link, a program, and a submodule, which no repository here has.
+        let _ = write!(stream, "M 120000 inline link-{n}\ndata 4\n0/1-\nM 100755 inline run-{n}\ndata 2\nx\n\n");
+        let _ = writeln!(stream, "M 160000 {n:040x} module-{n}");
+    }
+    stream.push_str("done\n");
+    let upstream = imported(&stream);
+    upstream.git(&["config", "uploadpack.allowFilter", "true"]);
+    upstream
+}
+
+/// A history of many commits, each with something that does not compress; with merges, and a branch beside it.
+fn long_history(tags: bool) -> Upstream {
+    let (mut stream, mut noise) = (String::new(), Noise::new());
+    for n in 1..=300 {
+        let text = noise.text(5000);
         let message = format!("commit {n}");
         let _ = write!(
             stream,
@@ -127,11 +173,7 @@ fn long_history(tags: bool) -> Upstream {
         }
     }
     stream.push_str("reset refs/heads/side\nfrom :150\n\ndone\n");
-    let mut git =
-        git_command(&upstream.path()).args(["fast-import", "--quiet", "--done"]).stdin(Stdio::piped()).spawn().unwrap();
-    git.stdin.take().unwrap().write_all(stream.as_bytes()).unwrap();
-    assert!(git.wait().unwrap().success());
-    upstream
+    imported(&stream)
 }
 
 fn bytes_of(packs: &[std::path::PathBuf]) -> Vec<u64> {
@@ -168,12 +210,10 @@ async fn fetch_under_fire(node: &Node, url: &str) -> (Fetched, usize) {
     panic!("it never came to an end");
 }
 
-async fn completes(tags: bool, old: bool) {
-    let upstream = long_history(tags);
+async fn completes(upstream: Upstream, old: bool) {
     let server = Server::start(upstream.root());
     let link = Link::to(server.url("").trim_end_matches('/'), RATE, old);
     let node = place::node().await;
-    upstream.git(&["repack", "-adq"]);
     let size: u64 = bytes_of(&packs(&upstream.path())).iter().sum();
     // Plain fetch never finishes in the time that a transfer has.
     assert!(size > RATE * LIFE.as_secs() * 3 / 2, "{size}");
@@ -193,7 +233,7 @@ async fn completes(tags: bool, old: bool) {
     let allowed = size * 3 / 2 + first + (kills as u64 - 1) * (largest + RATE / 10);
     assert!(carried <= allowed, "{carried} > {allowed}");
     assert_sound(&fetched.path);
-    for name in ["transfer.json", "refs/haul"] {
+    for name in ["transfer.json", "refs/haul", "outline"] {
         assert!(!fetched.path.join(name).exists(), "{name}");
     }
     assert_eq!(fetched.listing.refs["refs/heads/main"], upstream.git(&["rev-parse", "main"]));
@@ -207,17 +247,43 @@ async fn completes(tags: bool, old: bool) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_transfers_killed_all_the_time_a_history_with_tags_comes_in_units() {
-    completes(true, false).await;
+    completes(long_history(true), false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_transfers_killed_all_the_time_a_history_without_tags_comes_in_units() {
-    completes(false, false).await;
+    completes(long_history(false), false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upstream_that_cannot_be_asked_where_to_cut_is_cut_at_its_tags() {
-    completes(true, true).await;
+    completes(long_history(true), true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_transfers_killed_all_the_time_a_single_large_commit_comes_by_its_files() {
+    completes(large_commit(), false).await;
+}
+
+/// What an earlier try decided is no promise of the upstream's, and what it left of another unit is no part of this one.
+#[tokio::test]
+async fn an_upstream_that_cannot_leave_files_out_sends_a_large_commit_whole() {
+    let upstream = large_commit();
+    upstream.git(&["config", "uploadpack.allowFilter", "false"]);
+    let server = Server::start(upstream.root());
+    let node = place::node().await;
+    let fetched = node.fetch(&server.url("app.git")).await.unwrap();
+    let target = upstream.commit("main", &[("a.txt", "new"), ("b.txt", "newer")]);
+    let plan = json!({ "target": target, "reach": 2, "step": 1, "aim": 1000, "under_way": false, "files": 1 });
+    fs::write(fetched.path.join("transfer.json"), json!({ "attempts": 3, "plan": plan }).to_string()).unwrap();
+    fs::create_dir_all(fetched.path.join("outline/objects/pack")).unwrap();
+    let (mirror, before) = (fetched.path.clone(), server.counts().packs);
+    drop(fetched);
+    let fetched = node.fetch(&server.url("app.git")).await.unwrap();
+    assert_eq!(fetched.listing.refs["refs/heads/main"], target);
+    assert_eq!(server.counts().packs, before + 2, "one that asks where to cut, and one that brings it");
+    assert_sound(&mirror);
+    assert!(!mirror.join("outline").exists() && !mirror.join("transfer.json").exists());
 }
 
 #[tokio::test]

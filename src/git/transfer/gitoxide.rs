@@ -7,23 +7,25 @@ use std::{
 use gix::{
     bstr::ByteSlice,
     error::Error,
-    negotiate::Algorithm,
     odb::pack,
     protocol::{
         self, Command, Handshake, LsRefsCommand,
-        fetch::{
-            Arguments, Context, Negotiate, Options, RefMap, Response, Shallow, Tags,
-            negotiate::{self, Action, Round, one_round},
-            refmap::{Mapping, Source, SpecIndex},
-            response::ShallowUpdate,
-        },
+        fetch::{Arguments, Context, Options, Response, Shallow, Tags, response::ShallowUpdate},
         handshake::Ref,
         ls_refs::RefPrefixes,
     },
 };
 use gix_transport::{Protocol, Service, client::blocking_io::Transport as Carrier};
 
-use super::{Received, Transport, bare::Bare, budget::Budget, early, meter::Meter, verdict::Verdict};
+use super::{
+    Received, Transport,
+    bare::Bare,
+    budget::Budget,
+    early,
+    meter::Meter,
+    negotiation::{Content, Negotiation},
+    verdict::Verdict,
+};
 use crate::{
     failure::{ErrorClass, Failure},
     git::{mirror::Listing, room::refused},
@@ -159,8 +161,17 @@ impl<C: Carrier> Transport for Gitoxide<'_, C> {
     ) -> Result<Received, Failure> {
         self.bounds.budget.grant(self.bounds.max_bytes);
         let before = self.meter.pack_bytes();
-        let objects = self.fetch(mirror, wants, depth).map_err(|error| self.judge(&error, Stage::Receiving))?;
+        let fetched = self.fetch(mirror, wants, depth, Content::Everything, mirror);
+        let objects = fetched.map_err(|error| self.judge(&error, Stage::Receiving))?.unwrap_or_default();
         Ok(Received { objects, bytes: self.meter.pack_bytes() - before })
+    }
+
+    fn outline(&mut self, mirror: &Bare, wants: &BTreeSet<String>, place: &Bare) -> Result<Option<Received>, Failure> {
+        self.bounds.budget.grant(self.bounds.max_bytes);
+        let before = self.meter.pack_bytes();
+        let fetched = self.fetch(mirror, wants, None, Content::Trees, place);
+        let objects = fetched.map_err(|error| self.judge(&error, Stage::Receiving))?;
+        Ok(objects.map(|objects| Received { objects, bytes: self.meter.pack_bytes() - before }))
     }
 
     fn boundary(&mut self, tip: &str, depth: u32) -> Result<Option<BTreeSet<String>>, Failure> {
@@ -195,28 +206,30 @@ impl<C: Carrier> Gitoxide<'_, C> {
         Ok(Some(cut.collect()))
     }
 
-    /// Fetches `wants` into `mirror` and returns how many objects came.
-    fn fetch(&mut self, mirror: &Bare, wants: &BTreeSet<String>, depth: Option<NonZeroU32>) -> gix::Result<u64> {
+    /// Fetches `what` of `wants`, less what `mirror` has, into `place` and returns how many objects came; `None` if
+    /// nothing was asked for.
+    fn fetch(
+        &mut self,
+        mirror: &Bare,
+        wants: &BTreeSet<String>,
+        depth: Option<NonZeroU32>,
+        what: Content,
+        place: &Bare,
+    ) -> gix::Result<Option<u64>> {
         let repository = &mirror.repository;
         if self.handshake.is_none() {
             self.handshake = Some(self.shake_hands()?);
         }
-        let Some(handshake) = self.handshake.as_mut() else { return Ok(0) };
+        let Some(handshake) = self.handshake.as_mut() else { return Ok(None) };
         let shallow = depth.map_or(Shallow::NoChange, Shallow::DepthAtRemote);
         // Of one branch, or of a history that is cut, it is not known beforehand which tags point into it.
         let include =
             handshake.server_protocol_version == Protocol::V2 || handshake.capabilities.contains("include-tag");
         let mut known = repository.clone();
         known.objects.refresh_never();
-        let mut negotiate = Negotiation {
-            repository: &known,
-            graph: known.revision_graph(None),
-            negotiator: Algorithm::Consecutive.into_negotiator(),
-            wanted: wanted(wants),
-            shallow: shallow.clone(),
-        };
-        let (mut objects, lasting) = (0, mirror.lasting);
-        let directory = repository.objects.store_ref().path().join("pack");
+        let mut negotiate = Negotiation::new(&known, wants, shallow.clone(), what);
+        let (mut objects, lasting) = (None, place.lasting);
+        let directory = place.repository.objects.store_ref().path().join("pack");
         let limit = usize::try_from(self.bounds.max_bytes).unwrap_or(usize::MAX);
         let context =
             Context { handshake, transport: &mut self.carrier, user_agent: agent(), trace_packetlines: false };
@@ -228,7 +241,7 @@ impl<C: Carrier> Gitoxide<'_, C> {
         };
         // Without a pack there is nothing that a delta could lean on outside of its own, and what comes is written as it
         // comes; else it is taken apart and put together again, with the bases it lacks.
-        let bases = holds_packs(&directory).then(|| repository.objects.clone());
+        let bases = holds_packs(&mirror.path().join("objects/pack")).then(|| repository.objects.clone());
         let consume = |reader: &mut dyn std::io::BufRead,
                        progress: &mut dyn gix::DynNestedProgress,
                        interrupt: &AtomicBool|
@@ -240,7 +253,7 @@ impl<C: Carrier> Gitoxide<'_, C> {
             };
             let written =
                 if lasting { early::written(&directory, write).map_err(Error::from_error)? } else { write() }?;
-            objects = u64::from(written.index.num_objects);
+            objects = Some(u64::from(written.index.num_objects));
             keep(&written, lasting).map_err(|error| {
                 // What may not be on the disk is not to be found there later.
                 for path in written.index_path.iter().chain(&written.data_path).chain(&written.keep_path) {
@@ -293,52 +306,6 @@ fn ends_with(pack: &File, checksum: &[u8]) -> std::io::Result<()> {
 
 fn agent() -> protocol::command::Feature {
     ("agent", Some(concat!("haul/", env!("CARGO_PKG_VERSION")).to_owned()))
-}
-
-/// Asks for exactly these objects, whatever the refs point to by now.
-fn wanted(wants: &BTreeSet<String>) -> RefMap {
-    let ids = wants.iter().filter_map(|oid| gix::ObjectId::from_hex(oid.as_bytes()).ok());
-    let mappings = ids
-        .map(|id| Mapping { remote: Source::ObjectId(id), local: None, spec_index: SpecIndex::ExplicitInRemote(0) })
-        .collect();
-    RefMap { mappings, object_hash: gix::hash::Kind::Sha1, ..RefMap::default() }
-}
-
-/// What we tell the upstream that we want and have.
-struct Negotiation<'a> {
-    repository: &'a gix::Repository,
-    graph: gix::negotiate::Graph<'a, 'a>,
-    negotiator: Box<dyn gix::negotiate::Negotiator>,
-    wanted: RefMap,
-    shallow: Shallow,
-}
-
-impl Negotiate for Negotiation<'_> {
-    fn mark_complete_and_common_ref(&mut self) -> gix::Result<Action> {
-        negotiate::mark_complete_and_common_ref(
-            &self.repository.objects,
-            &self.repository.refs,
-            || Ok(std::iter::empty::<(gix::refs::file::Store, gix::OdbHandle)>()),
-            self.negotiator.as_mut(),
-            &mut self.graph,
-            &self.wanted,
-            &self.shallow,
-            |_| false,
-        )
-    }
-
-    fn add_wants(&mut self, arguments: &mut Arguments, known: &[bool]) -> bool {
-        negotiate::add_wants(&self.repository.objects, arguments, &self.wanted, known, &self.shallow, |_| false)
-    }
-
-    fn one_round(
-        &mut self,
-        state: &mut one_round::State,
-        arguments: &mut Arguments,
-        previous: Option<&Response>,
-    ) -> gix::Result<(Round, bool)> {
-        negotiate::one_round(self.negotiator.as_mut(), &mut self.graph, state, arguments, previous)
-    }
 }
 
 /// What the upstream's refs are, less what is no branch or tag or has a name that git itself would refuse.

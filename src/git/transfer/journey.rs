@@ -14,6 +14,7 @@ use super::{
     bare::Bare,
     meter::Meter,
     milestones::{Measure, Plan, Record, Search, by_version},
+    pieces::Outline,
 };
 use crate::{
     failure::{ErrorClass, Failure},
@@ -47,12 +48,13 @@ impl Mark {
         Self { at: Instant::now(), bytes: meter.pack_bytes(), objects: meter.objects() }
     }
 
-    /// What moved since.
-    fn measure(&self, meter: &Meter) -> Measure {
+    /// What moved since, in a transfer that has lived since `begun`.
+    fn measure(&self, meter: &Meter, begun: Instant) -> Measure {
         let (objects, expected) = meter.objects();
         Measure {
             bytes: meter.pack_bytes().saturating_sub(self.bytes),
-            millis: u64::try_from(self.at.elapsed().as_millis()).unwrap_or(u64::MAX),
+            millis: millis(self.at.elapsed()),
+            lived: millis(begun.elapsed()),
             objects: objects.saturating_sub(self.objects.0),
             expected: expected.saturating_sub(self.objects.1),
         }
@@ -101,14 +103,33 @@ struct Packs<'j, 'a> {
 
 impl Packs<'_, '_> {
     /// Receives `wants` in one go; false if that was given up, since at its rate it would not be done in `time_left`.
+    fn in_one_go(&mut self, wants: &BTreeSet<String>, time_left: Option<Duration>) -> Result<bool, Failure> {
+        let Some(received) = self.watched(time_left, |transport, bare| transport.receive(bare, wants, None))? else {
+            return Ok(false);
+        };
+        self.count(received);
+        self.bare.take_in(wants, self.journey.reporter)?;
+        Ok(true)
+    }
+
+    fn count(&mut self, received: Received) {
+        self.received.objects += received.objects;
+        self.received.bytes += received.bytes;
+    }
+
+    /// What `receive` received; nothing if that was given up, since at its rate it would not be done in `time_left`.
     ///
     /// What moves is written down as it does, so that whoever tries next knows what was lost if this dies.
-    fn in_one_go(&mut self, wants: &BTreeSet<String>, time_left: Option<Duration>) -> Result<bool, Failure> {
-        let meter = self.journey.meter;
-        let end = time_left.map(|left| self.journey.begun + left);
+    fn watched<T>(
+        &mut self,
+        time_left: Option<Duration>,
+        receive: impl FnOnce(&mut dyn Transport, &Bare) -> Result<T, Failure>,
+    ) -> Result<Option<T>, Failure> {
+        let (meter, begun) = (self.journey.meter, self.journey.begun);
+        let end = time_left.map(|left| begun + left);
         let mark = Mark::now(meter);
         let (over, ended) = channel::<()>();
-        let (bare, transport) = (&*self.bare, &mut *self.transport);
+        let (bare, transport) = (&*self.bare, self.transport.as_mut());
         let (path, stop, mut record) = (bare.path(), &*bare.stop, self.record.clone());
         stop.store(false, Ordering::Relaxed);
         let received = std::thread::scope(|scope| {
@@ -116,7 +137,7 @@ impl Packs<'_, '_> {
             scope.spawn(move || {
                 while ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
                     let before = record.measure.bytes;
-                    record.measure = mark.measure(meter);
+                    record.measure = mark.measure(meter, begun);
                     if record.measure.bytes != before {
                         // What cannot be written down is forgotten, no more.
                         let _ = record.write(path);
@@ -127,18 +148,13 @@ impl Packs<'_, '_> {
                     }
                 }
             });
-            let received = transport.receive(bare, wants, None);
+            let received = receive(transport, bare);
             drop(over);
             received
         });
-        self.record.measure = mark.measure(meter);
+        self.record.measure = mark.measure(meter, begun);
         match received {
-            Ok(received) => {
-                self.received.objects += received.objects;
-                self.received.bytes += received.bytes;
-                self.bare.take_in(wants, self.journey.reporter)?;
-                Ok(true)
-            }
+            Ok(received) => Ok(Some(received)),
             Err(failure) => {
                 self.record.write(self.bare.path())?;
                 if !self.bare.stop.load(Ordering::Relaxed) {
@@ -146,7 +162,7 @@ impl Packs<'_, '_> {
                 }
                 self.bare.sweep()?;
                 self.reconnect()?;
-                Ok(false)
+                Ok(None)
             }
         }
     }
@@ -208,10 +224,10 @@ impl Packs<'_, '_> {
             let mut missing = cut.clone();
             self.bare.retain_missing(&mut missing);
             if !missing.is_empty() {
-                plan.under_way = true;
-                self.record.plan = Some(plan.clone());
-                self.record.write(self.bare.path())?;
-                self.in_one_go(&missing, None)?;
+                if plan.files.is_none() || !self.in_pieces(&missing, &mut plan)? {
+                    self.begins(&mut plan)?;
+                    self.in_one_go(&missing, None)?;
+                }
                 plan.reached(next.unwrap_or(0), &self.record.measure);
             }
             if !cut.is_empty() {
@@ -225,6 +241,51 @@ impl Packs<'_, '_> {
                 return Ok(());
             }
         }
+    }
+
+    /// Receives `wants`, the commits of one unit, by its files; false where the upstream cannot send commits without
+    /// their files.
+    fn in_pieces(&mut self, wants: &BTreeSet<String>, plan: &mut Plan) -> Result<bool, Failure> {
+        if self.record.only_listed {
+            return Ok(false);
+        }
+        let outline = if let Some(outline) = Outline::find(self.bare, wants)? {
+            outline
+        } else {
+            let mut outline = Outline::create(self.bare)?;
+            self.begins(plan)?;
+            let place = outline.bare();
+            let received = self.watched(None, |transport, bare| transport.outline(bare, wants, place))?;
+            let Some(received) = received.flatten() else {
+                Outline::remove(self.bare)?;
+                return Ok(false);
+            };
+            self.count(received);
+            outline.refresh()?;
+            outline
+        };
+        let lacking = outline.lacking(self.bare, wants)?;
+        let mut rest = lacking.as_slice();
+        while !rest.is_empty() {
+            let most = usize::try_from(plan.files.unwrap_or(1)).unwrap_or(usize::MAX);
+            let (now, later) = rest.split_at(most.min(rest.len()));
+            self.begins(plan)?;
+            self.reconnect()?;
+            self.in_one_go(&now.iter().cloned().collect(), None)?;
+            plan.brought(u32::try_from(now.len()).unwrap_or(u32::MAX), &self.record.measure);
+            rest = later;
+        }
+        outline.settle(self.bare)?;
+        self.bare.take_in(wants, self.journey.reporter)?;
+        Ok(true)
+    }
+
+    /// Writes down that the next part of `plan` is being received: whoever finds that knows that it died.
+    fn begins(&mut self, plan: &mut Plan) -> Result<(), Failure> {
+        plan.under_way = true;
+        self.record.plan = Some(plan.clone());
+        self.record.measure = Measure { lived: millis(self.journey.begun.elapsed()), ..Measure::default() };
+        Ok(self.record.write(self.bare.path())?)
     }
 
     /// How many positions the history of `target` has. Each answer is kept: the search may die as well.
@@ -272,7 +333,12 @@ impl Packs<'_, '_> {
 /// Forgets what was remembered for the next try: all is there.
 pub(super) fn forget(bare: &Bare) -> Result<(), Failure> {
     bare.let_go()?;
+    Outline::remove(bare)?;
     Ok(Record::remove(bare.path())?)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Whether the upstream has no such object, or does not hand it out.

@@ -58,6 +58,8 @@ pub(super) struct Measure {
     pub(super) bytes: u64,
     /// How long that took.
     pub(super) millis: u64,
+    /// How long the transfer had lived by then, with all that it received before.
+    pub(super) lived: u64,
     /// Objects of packs.
     pub(super) objects: u64,
     /// How many had been announced.
@@ -87,6 +89,12 @@ pub(super) struct Plan {
     pub(super) aim: u64,
     /// Whether one was being received; still set after that died.
     pub(super) under_way: bool,
+    /// How many died since the last that came.
+    #[serde(default)]
+    pub(super) deaths: u32,
+    /// How many files of the next unit come at a time, once it is as short as one can be and still too much.
+    #[serde(default)]
+    pub(super) files: Option<u32>,
 }
 
 impl Record {
@@ -146,10 +154,10 @@ impl Measure {
         scale(self.bytes, millis, self.millis.max(1))
     }
 
-    /// How long a unit shall take, after a transfer that lived as long as this one.
+    /// How long a unit shall take where transfers live as long as this one: of three units two come.
     fn aim(&self) -> u64 {
-        let half = Duration::from_millis(self.millis / 2);
-        u64::try_from(half.clamp(SHORTEST, UNIT).as_millis()).unwrap_or(u64::MAX)
+        let third = Duration::from_millis(self.lived.max(self.millis) / 3);
+        u64::try_from(third.clamp(SHORTEST, UNIT).as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -159,11 +167,12 @@ impl Search {
         Self { target: target.to_owned(), low: 0, high: SHALLOW, bounded: false }
     }
 
-    /// The depth to ask for next; `None` once the answer is near enough, give or take a unit or two.
+    /// The depth to ask for next; `None` once the answer is known. It is worth its questions: a plan that begins beyond
+    /// the end of the history asks in vain for one cut after another.
     pub(super) fn next(&self) -> Option<u32> {
         match self.bounded {
             false => Some(self.high),
-            true if self.high - self.low > (self.high / 32).max(1) => Some(self.low + (self.high - self.low) / 2),
+            true if self.high - self.low > 1 => Some(self.low + (self.high - self.low) / 2),
             true => None,
         }
     }
@@ -181,7 +190,7 @@ impl Search {
         }
     }
 
-    /// A depth at which there is no history any more, as far as is known.
+    /// The least depth at which there is no history any more.
     pub(super) fn length(&self) -> u32 {
         self.high
     }
@@ -193,7 +202,7 @@ impl Plan {
         let aim = last.aim();
         let step = scale(u64::from(length), last.bytes_in(aim), last.total().max(1));
         let step = u32::try_from(step).unwrap_or(u32::MAX).clamp(1, (length / 2).max(1));
-        Self { target: target.to_owned(), reach: length, step, aim, under_way: false }
+        Self { target: target.to_owned(), reach: length, step, aim, ..Self::default() }
     }
 
     /// The position at which the next unit begins; `None` if it goes up to the tip.
@@ -204,19 +213,49 @@ impl Plan {
     /// The unit that begins at `position` is here; it went like `measure`.
     pub(super) fn reached(&mut self, position: u32, measure: &Measure) {
         let done = self.reach.saturating_sub(position);
+        self.reach = position;
+        if self.files.take().is_some() {
+            return self.came();
+        }
         let step = scale(u64::from(done), measure.bytes_in(self.aim), measure.bytes.max(1));
         let step = u32::try_from(step).unwrap_or(u32::MAX);
         // One unit says little about the next: no leaps.
         self.step = step.clamp((done / 4).max(1), done.saturating_mul(4).max(1));
-        self.reach = position;
-        self.under_way = false;
+        self.came();
     }
 
-    /// A unit that was being received died: the next are half as large, and take half of the time that it lived.
+    /// So many files of the next unit came, and that went like `measure`.
+    pub(super) fn brought(&mut self, files: u32, measure: &Measure) {
+        let next = scale(u64::from(files), measure.bytes_in(self.aim), measure.bytes.max(1));
+        let next = u32::try_from(next).unwrap_or(u32::MAX);
+        self.files = Some(next.clamp((files / 4).max(1), files.saturating_mul(4).max(1)));
+        self.came();
+    }
+
+    /// Something came: the next may take a little longer, since the last transfer may have died early by chance.
+    fn came(&mut self) {
+        let most = u64::try_from(UNIT.as_millis()).unwrap_or(u64::MAX);
+        (self.under_way, self.deaths, self.aim) = (false, 0, (self.aim + self.aim / 8).min(most));
+    }
+
+    /// What was being received died: the next are a quarter as large, and take a third of the time that it lived; if
+    /// they die too, a sixteenth of that, and so on. A unit that is as short as one can be is not received whole again.
+    /// What died sooner than it should have taken was not too large: that is tried again, once.
     pub(super) fn died(&mut self, measure: &Measure) {
-        self.under_way = false;
-        self.step = (self.step / 2).max(1);
-        self.aim = self.aim.min(measure.aim());
+        let by_chance = self.deaths == 0 && measure.millis < self.aim;
+        (self.under_way, self.deaths, self.aim) = (false, self.deaths.saturating_add(1), measure.aim());
+        if by_chance {
+            return;
+        }
+        let less = |most: u32| most.checked_shr(self.deaths.saturating_mul(2)).unwrap_or_default().max(1);
+        match self.files {
+            Some(files) => self.files = Some(less(files)),
+            None if self.step <= 1 => {
+                let files = scale(measure.objects, self.aim, measure.millis);
+                self.files = Some(u32::try_from(files).unwrap_or(u32::MAX).max(1));
+            }
+            None => self.step = less(self.step),
+        }
     }
 }
 
@@ -288,7 +327,7 @@ mod tests {
     use super::*;
 
     fn measure(bytes: u64, millis: u64, objects: u64, expected: u64) -> Measure {
-        Measure { bytes, millis, objects, expected }
+        Measure { bytes, millis, lived: millis, objects, expected }
     }
 
     #[test]
@@ -326,27 +365,30 @@ mod tests {
                 search.told(depth, depth < length);
                 asked += 1;
             }
-            assert!(search.length() >= length.min(DEEPEST) && asked <= 36, "{length}: {asked}");
-            assert!(search.length() - search.low <= (search.length() / 32).max(1), "{length}");
+            let most = 2 * (u32::BITS - length.min(DEEPEST).leading_zeros()).max(4);
+            assert!(asked <= most, "{length}: {asked}");
+            assert_eq!(search.length(), length.clamp(1, DEEPEST), "{length}");
         }
     }
 
     #[test]
-    fn units_are_as_long_as_a_minute_or_half_of_what_transfers_live() {
+    fn units_are_as_long_as_a_minute_or_a_third_of_what_transfers_live() {
         // A tenth of everything in ten minutes: a minute is a hundredth.
         let plan = Plan::new("t", 5000, &measure(10 << 20, 600_000, 1000, 10_000));
         assert_eq!((plan.reach, plan.step, plan.aim), (5000, 50, 60_000));
-        // Killed after four seconds: two seconds are aimed at.
-        let plan = Plan::new("t", 5000, &measure(400_000, 4000, 1000, 10_000));
-        assert_eq!((plan.step, plan.aim), (250, 2000));
+        // Killed after six seconds: two seconds are aimed at, also where the last unit had just begun.
+        let plan = Plan::new("t", 5000, &measure(400_000, 6000, 1000, 10_000));
+        assert_eq!((plan.step, plan.aim), (166, 2000));
+        assert_eq!(Measure { millis: 100, ..measure(0, 6000, 0, 0) }.aim(), 2000);
         // Nothing is known, or all came: never more than half, never nothing.
-        assert_eq!(Plan::new("t", 5000, &measure(100, 100_000, 10, 10)).step, 2500);
+        assert_eq!(Plan::new("t", 5000, &measure(100, 0, 10, 10)).step, 2500);
         assert_eq!(Plan::new("t", 1, &Measure::default()).step, 1);
     }
 
     #[test]
     fn the_next_unit_follows_what_the_last_one_took() {
-        let plan = || Plan { target: "t".into(), reach: 1000, step: 100, aim: 2000, under_way: true };
+        let plan =
+            || Plan { target: "t".into(), reach: 1000, step: 100, aim: 2000, under_way: true, ..Plan::default() };
         assert_eq!(plan().next(), Some(900));
         assert_eq!(Plan { step: 1000, ..plan() }.next(), None);
         assert_eq!(Plan { step: 2000, ..plan() }.next(), None);
@@ -355,13 +397,39 @@ mod tests {
             plan.reached(900, &measure(100_000, taken, 0, 0));
             assert_eq!((plan.reach, plan.step, plan.under_way), (900, step, false), "{taken}");
         }
+        // The aim grows while units come, and what died early is tried again as it was.
         let mut plan = plan();
-        plan.died(&measure(50_000, 1000, 0, 0));
-        assert_eq!((plan.reach, plan.step, plan.aim, plan.under_way), (1000, 50, 500, false));
+        plan.reached(900, &measure(100_000, 2000, 0, 0));
+        assert_eq!(plan.aim, 2250);
+        plan.died(&measure(50_000, 900, 0, 0));
+        assert_eq!((plan.reach, plan.step, plan.aim, plan.under_way), (900, 100, 300, false));
+        for step in [6, 1] {
+            plan.died(&measure(50_000, 6000, 0, 0));
+            assert_eq!((plan.step, plan.aim, plan.files), (step, 2000, None));
+        }
+    }
+
+    #[test]
+    fn a_unit_that_can_be_no_shorter_comes_by_its_files() {
+        let mut plan = Plan { target: "t".into(), reach: 9, step: 1, aim: 2000, under_way: true, ..Plan::default() };
+        // Three quarters of a thousand objects in six seconds, and a third of that is aimed at.
+        plan.died(&measure(1 << 20, 6000, 750, 5000));
+        assert_eq!((plan.step, plan.aim, plan.files, plan.under_way), (1, 2000, Some(250), false));
+        for (taken, files) in [(2000, 250), (1000, 500), (4000, 125), (100, 1000), (60_000, 62)] {
+            let mut plan = plan.clone();
+            plan.brought(250, &measure(100_000, taken, 0, 0));
+            assert_eq!(plan.files, Some(files), "{taken}");
+        }
+        plan.brought(250, &measure(100_000, 2000, 0, 0));
+        plan.died(&measure(1 << 20, 6000, 10, 500));
+        assert_eq!((plan.aim, plan.files), (2000, Some(62)));
         for _ in 0..20 {
             plan.died(&measure(0, 0, 0, 0));
         }
-        assert_eq!((plan.step, plan.aim), (1, 300));
+        assert_eq!((plan.step, plan.files), (1, Some(1)));
+        // What follows it is a unit like any other, short at first.
+        plan.reached(8, &measure(1, 1, 1, 1));
+        assert_eq!((plan.reach, plan.step, plan.files), (8, 1, None));
     }
 
     #[test]
