@@ -271,7 +271,12 @@ impl Packs<'_, '_> {
             let (now, later) = rest.split_at(most.min(rest.len()));
             self.begins(plan)?;
             self.reconnect()?;
-            self.in_one_go(&now.iter().cloned().collect(), None)?;
+            let mut files = now.iter().cloned().collect();
+            self.in_one_go(&files, None)?;
+            self.bare.retain_missing(&mut files);
+            if let Some(oid) = files.first() {
+                return Err(Failure::new(ErrorClass::Network, format!("the upstream did not send {oid}")));
+            }
             plan.brought(u32::try_from(now.len()).unwrap_or(u32::MAX), &self.record.measure);
             rest = later;
         }

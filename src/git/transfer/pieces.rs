@@ -92,8 +92,13 @@ impl Outline {
                     waiting.extend(commit.parent_ids().chain([tree]).filter(|id| seen.insert(*id)));
                 }
                 Kind::Tag => {
-                    let target = gix::objs::TagRefIter::from_bytes(data, format).target_id();
-                    waiting.extend(Some(target.map_err(|error| hole(&error))?).filter(|id| seen.insert(*id)));
+                    let tag = gix::objs::TagRef::from_bytes(data, format).map_err(|error| hole(&error))?;
+                    let target = tag.target();
+                    match tag.target_kind {
+                        Kind::Blob if here(target) => {}
+                        Kind::Blob => lacking.push(target.to_string()),
+                        _ => waiting.extend(seen.insert(target).then_some(target)),
+                    }
                 }
                 Kind::Tree => {
                     for entry in gix::objs::TreeRefIter::from_bytes(data, format) {
