@@ -169,7 +169,10 @@ async fn events_are_followed_by_people_and_by_machines() {
 async fn dead_letters_and_the_topology_have_their_commands() {
     let agent = started().await;
     haul(&agent, "topology plan --node n1").is(0, " 0 missing, 0 differ");
-    haul(&agent, "topology apply --node n1 --node n7").is(0, "are in place");
+    // RabbitMQ 4 needs policies, which are set over its management API.
+    let management = &Rabbit::shared().management_url;
+    let apply = "topology apply --node n1 --node n7";
+    haul_with(&agent, "AGENT_BROKER__MANAGEMENT_URL", management, apply).is(0, "are in place");
     let plan = haul(&agent, "topology plan --node n7 --json").is(0, "").json();
     assert!(plan[0].as_array().unwrap().len() > 30);
     haul(&agent, "topology doctor --json").json();

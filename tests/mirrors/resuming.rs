@@ -305,6 +305,31 @@ async fn what_comes_by_its_files_has_those_that_only_tags_lead_to() {
 }
 
 #[tokio::test]
+async fn an_upstream_that_refuses_files_by_their_ids_is_asked_for_whole_units_again() {
+    let upstream = large_commit();
+    let server = Server::start(upstream.root());
+    let node = place::node().await;
+    let mirror = node.fetch(&server.url("app.git")).await.unwrap().path.clone();
+    let target = upstream.commit("main", &[("a.txt", "new")]);
+    // What is not there is refused in the same words.
+    let blob = upstream.git(&["rev-parse", &format!("{target}:a.txt")]);
+    let (directory, file) = blob.split_at(2);
+    let (there, away) = (upstream.path().join("objects").join(directory).join(file), upstream.root().join("away"));
+    fs::rename(&there, &away).unwrap();
+    let plan = json!({ "target": target, "reach": 1, "step": 1, "aim": 1000, "under_way": false, "files": 1 });
+    fs::write(mirror.join("transfer.json"), json!({ "attempts": 3, "plan": plan }).to_string()).unwrap();
+    node.fetch(&server.url("app.git")).await.unwrap_err();
+    let remembered: serde_json::Value =
+        serde_json::from_slice(&fs::read(mirror.join("transfer.json")).unwrap()).unwrap();
+    assert_eq!((&remembered["no_files"], &remembered["only_listed"]), (&json!(true), &json!(false)), "{remembered}");
+    fs::rename(&away, &there).unwrap();
+    let before = server.counts().packs;
+    let fetched = node.fetch(&server.url("app.git")).await.unwrap();
+    assert_eq!((&fetched.listing.refs["refs/heads/main"], server.counts().packs - before), (&target, 1));
+    assert_sound(&mirror);
+}
+
+#[tokio::test]
 async fn a_fetch_that_would_miss_its_deadline_goes_over_to_units_at_once() {
     let upstream = long_history(false);
     let server = Server::start(upstream.root());

@@ -42,7 +42,10 @@ impl Rabbit {
     pub(crate) fn directory() -> PathBuf {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rabbit-{}-{count}", std::process::id()))
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rabbit-{}-{count}", std::process::id()));
+        // An earlier process that had our id and was killed may have left its own; its node ended with it.
+        let _ = std::fs::remove_dir_all(&directory);
+        directory
     }
 
     /// A node in a directory of [`Rabbit::directory`].

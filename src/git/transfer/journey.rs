@@ -246,7 +246,7 @@ impl Packs<'_, '_> {
     /// Receives `wants`, the commits of one unit, by its files; false where the upstream cannot send commits without
     /// their files.
     fn in_pieces(&mut self, wants: &BTreeSet<String>, plan: &mut Plan) -> Result<bool, Failure> {
-        if self.record.only_listed {
+        if self.record.only_listed || self.record.no_files {
             return Ok(false);
         }
         let outline = if let Some(outline) = Outline::find(self.bare, wants)? {
@@ -272,7 +272,15 @@ impl Packs<'_, '_> {
             self.begins(plan)?;
             self.reconnect()?;
             let mut files = now.iter().cloned().collect();
-            self.in_one_go(&files, None)?;
+            match self.in_one_go(&files, None) {
+                Err(failure) if refused(&failure) => {
+                    self.record.no_files = true;
+                    Outline::remove(self.bare)?;
+                    self.reconnect()?;
+                    return Ok(false);
+                }
+                other => other?,
+            };
             self.bare.retain_missing(&mut files);
             if let Some(oid) = files.first() {
                 return Err(Failure::new(ErrorClass::Network, format!("the upstream did not send {oid}")));
@@ -346,7 +354,8 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Whether the upstream has no such object, or does not hand it out.
+/// Whether the upstream has no such object, or does not hand it out: in the words of git, and of its Java sibling.
 fn refused(failure: &Failure) -> bool {
-    failure.class == ErrorClass::Network && failure.message.contains("not our ref")
+    let says = |words: &str| failure.message.contains(words);
+    failure.class == ErrorClass::Network && (says("not our ref") || (says("want ") && says(" not valid")))
 }

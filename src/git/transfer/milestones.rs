@@ -48,6 +48,8 @@ pub(super) struct Record {
     pub(super) rest_died: bool,
     /// Whether the upstream hands out only what it lists.
     pub(super) only_listed: bool,
+    /// Whether it hands out no files by their ids.
+    pub(super) no_files: bool,
 }
 
 /// How fast something was received.
