@@ -69,6 +69,21 @@ async fn connections_that_the_broker_closed() {
     scene.ends().await;
 }
 
+/// The suite leaves no broker behind: a test may end in the moment in which its broker has just been restarted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tests_broker_ends_though_the_test_was_over_before_it_was_watched() {
+    let mut owner = std::process::Command::new("true").spawn().unwrap();
+    owner.wait().unwrap();
+    let rabbit = blocking(move || Rabbit::start_owned_by(owner.id())).await;
+    let address = rabbit.address();
+    let gone = async {
+        while TcpStream::connect(&address).is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    soon("the end of the broker", gone).await;
+}
+
 /// What was unsettled when the broker went comes again: that is the first delivery, and nobody has to publish it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_first_delivery_after_a_restart_comes_soon() {

@@ -58,6 +58,12 @@ impl Rabbit {
         Self::launch(Self::directory(), &[], &["--plugins", &format!("rabbitmq_management,{plugins}")])
     }
 
+    /// A node that ends with another process than this one.
+    #[allow(dead_code, reason = "for the test that looks at such an end")]
+    pub(crate) fn start_owned_by(process: u32) -> Self {
+        Self::launch(Self::directory(), &[], &["--owner", &process.to_string()])
+    }
+
     fn launch(directory: PathBuf, configuration: &[&str], options: &[&str]) -> Self {
         let mut command = starting(&directory);
         command.args(options);
