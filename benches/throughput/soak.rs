@@ -73,14 +73,14 @@ fn tell(world: &mut World, seen: &[Holds], tasks: u64, lost: u64) {
     let (at_last, after) = (seen.last().copied().unwrap_or_default(), &seen[WARM.min(seen.len()) - 1..]);
     let most = after.iter().map(|holds| holds.resident).max().unwrap_or(0);
     let tenths: Vec<u64> = seen[WARM.min(seen.len() - 1)..].chunks(seen.len().div_ceil(10)).map(median).collect();
-    let overall = median(after) as f64;
-    let far = tenths.iter().map(|&tenth| (tenth as f64 / overall - 1.0) * 100.0);
+    let overall = median(after);
+    let far = tenths.iter().map(|&tenth| (tenth as f64 / overall as f64 - 1.0) * 100.0);
     let (low, high) = far.fold((0.0_f64, 0.0_f64), |(low, high), change| (low.min(change), high.max(change)));
     let tenths: Vec<String> = tenths.iter().map(|&tenth| format!("{:.1}", process::megabytes(tenth))).collect();
     world.fact(format!(
         "soak: {all} tasks and {lost} lost connections: resident memory after the first tenth {:.1} MB in the median, {:.1} MB \
          at most; the tenths' medians {} MB, {low:+.1} to {high:+.1} % of it",
-        process::megabytes(median(after)),
+        process::megabytes(overall),
         process::megabytes(most),
         tenths.join(", "),
     ));

@@ -117,6 +117,11 @@ impl Bare {
         &self.path
     }
 
+    /// Where its packs are.
+    pub(super) fn packs_at(&self) -> PathBuf {
+        self.path.join("objects/pack")
+    }
+
     /// Makes an empty tip store in the directory `path`, in place of whatever another engine left there.
     pub(super) fn anew(path: &Path) -> Result<Self, Failure> {
         for gone in [fs::remove_dir_all(path.join("objects")), fs::remove_file(path.join("shallow"))] {
@@ -181,7 +186,7 @@ impl Bare {
         if let Err(failure) = connects(&before, &self.repository, wants, || reporter.step()) {
             for name in self.packs.difference(&packs) {
                 for end in ["idx", "rev", "pack"] {
-                    let _ = fs::remove_file(self.path.join("objects/pack").join(format!("{name}.{end}")));
+                    let _ = fs::remove_file(self.packs_at().join(format!("{name}.{end}")));
                 }
             }
             return Err(failure);
@@ -294,10 +299,6 @@ fn connects(
     wants: &BTreeSet<String>,
     step: impl Fn(),
 ) -> Result<(), Failure> {
-    let hole = |id: ObjectId, error: &dyn std::fmt::Display| {
-        let message = format!("the upstream sent history with a hole in it: {id} cannot be read ({error})");
-        Failure::new(ErrorClass::Corrupt, message)
-    };
     let mut waiting: VecDeque<ObjectId> =
         wants.iter().filter_map(|oid| id(oid)).filter(|id| now.has_object(*id)).collect();
     let mut seen: HashSet<ObjectId> = waiting.iter().copied().collect();
@@ -331,6 +332,12 @@ fn connects(
     Ok(())
 }
 
+/// History in which `id` is missing, or is not what it should be.
+pub(super) fn hole(id: ObjectId, error: &dyn std::fmt::Display) -> Failure {
+    let message = format!("the upstream sent history with a hole in it: {id} cannot be read ({error})");
+    Failure::new(ErrorClass::Corrupt, message)
+}
+
 /// Whether a line of `packed-refs` is one.
 fn is_ref_line(line: &str) -> bool {
     let (oid, name) = match (line.strip_prefix('^'), line.split_once(' ')) {
@@ -342,7 +349,8 @@ fn is_ref_line(line: &str) -> bool {
     name.starts_with("refs/") && id(oid).is_some()
 }
 
-fn id(oid: &str) -> Option<ObjectId> {
+/// The id that `oid` writes in hexadecimal.
+pub(super) fn id(oid: &str) -> Option<ObjectId> {
     ObjectId::from_hex(oid.as_bytes()).ok()
 }
 

@@ -229,7 +229,7 @@ impl<C: Carrier> Gitoxide<'_, C> {
         known.objects.refresh_never();
         let mut negotiate = Negotiation::new(&known, wants, shallow.clone(), what);
         let (mut objects, lasting) = (None, place.lasting);
-        let directory = place.repository.objects.store_ref().path().join("pack");
+        let directory = place.packs_at();
         let limit = usize::try_from(self.bounds.max_bytes).unwrap_or(usize::MAX);
         let context =
             Context { handshake, transport: &mut self.carrier, user_agent: agent(), trace_packetlines: false };
@@ -241,7 +241,7 @@ impl<C: Carrier> Gitoxide<'_, C> {
         };
         // Without a pack there is nothing that a delta could lean on outside of its own, and what comes is written as it
         // comes; else it is taken apart and put together again, with the bases it lacks.
-        let bases = holds_packs(&mirror.path().join("objects/pack")).then(|| repository.objects.clone());
+        let bases = holds_packs(&mirror.packs_at()).then(|| repository.objects.clone());
         let consume = |reader: &mut dyn std::io::BufRead,
                        progress: &mut dyn gix::DynNestedProgress,
                        interrupt: &AtomicBool|

@@ -13,7 +13,7 @@ use super::{
     Received, Transport,
     bare::Bare,
     meter::Meter,
-    milestones::{Measure, Plan, Record, Search, by_version},
+    milestones::{Measure, Plan, Record, Search, by_version, millis},
     pieces::Outline,
 };
 use crate::{
@@ -348,10 +348,6 @@ pub(super) fn forget(bare: &Bare) -> Result<(), Failure> {
     bare.let_go()?;
     Outline::remove(bare)?;
     Ok(Record::remove(bare.path())?)
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Whether the upstream has no such object, or does not hand it out: in the words of git, and of its Java sibling.

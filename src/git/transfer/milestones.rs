@@ -159,7 +159,7 @@ impl Measure {
     /// How long a unit shall take where transfers live as long as this one: of three units two come.
     fn aim(&self) -> u64 {
         let third = Duration::from_millis(self.lived.max(self.millis) / 3);
-        u64::try_from(third.clamp(SHORTEST, UNIT).as_millis()).unwrap_or(u64::MAX)
+        millis(third.clamp(SHORTEST, UNIT))
     }
 }
 
@@ -236,8 +236,7 @@ impl Plan {
 
     /// Something came: the next may take a little longer, since the last transfer may have died early by chance.
     fn came(&mut self) {
-        let most = u64::try_from(UNIT.as_millis()).unwrap_or(u64::MAX);
-        (self.under_way, self.deaths, self.aim) = (false, 0, (self.aim + self.aim / 8).min(most));
+        (self.under_way, self.deaths, self.aim) = (false, 0, (self.aim + self.aim / 8).min(millis(UNIT)));
     }
 
     /// What was being received died: the next are a quarter as large, and take a third of the time that it lived; if
@@ -259,6 +258,11 @@ impl Plan {
             None => self.step = less(self.step),
         }
     }
+}
+
+/// So many whole milliseconds.
+pub(super) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// `number` times `by` through `of`, without overflow.

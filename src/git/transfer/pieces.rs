@@ -9,16 +9,13 @@ use std::{
     collections::{BTreeSet, HashSet},
     fs::{self, File},
     io,
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use gix::{ObjectId, objs::Kind};
 
-use super::bare::{Bare, Found};
-use crate::{
-    failure::{ErrorClass, Failure},
-    git::mirror,
-};
+use super::bare::{self, Bare, Found, hole};
+use crate::{failure::Failure, git::mirror};
 
 /// Where the commits and trees wait for their files, in the mirror's directory.
 const PLACE: &str = "outline";
@@ -40,9 +37,8 @@ impl Outline {
         Ok(None)
     }
 
-    /// An empty one, for [`Transport::outline`](super::Transport::outline) to fill.
+    /// An empty one where [`find`](Self::find) found none, for [`Transport::outline`](super::Transport::outline) to fill.
     pub(super) fn create(mirror: &Bare) -> Result<Self, Failure> {
-        Self::remove(mirror)?;
         Ok(Self { bare: Bare::create(&place(mirror))? })
     }
 
@@ -70,8 +66,7 @@ impl Outline {
     /// `corrupt` if a commit or a tree is neither here nor in the mirror, or is none.
     pub(super) fn lacking(&self, mirror: &Bare, wants: &BTreeSet<String>) -> Result<Vec<String>, Failure> {
         let here = |id: ObjectId| mirror.repository.has_object(id);
-        let mut waiting: Vec<ObjectId> =
-            wants.iter().filter_map(|oid| ObjectId::from_hex(oid.as_bytes()).ok()).collect();
+        let mut waiting: Vec<ObjectId> = wants.iter().filter_map(|oid| bare::id(oid)).collect();
         let mut seen: HashSet<ObjectId> = waiting.iter().copied().collect();
         let mut lacking = Vec::new();
         while let Some(id) = waiting.pop() {
@@ -79,20 +74,16 @@ impl Outline {
             if here(id) {
                 continue;
             }
-            let hole = |error: &dyn std::fmt::Display| {
-                let message = format!("the upstream sent history with a hole in it: {id} cannot be read ({error})");
-                Failure::new(ErrorClass::Corrupt, message)
-            };
-            let object = self.bare.repository.find_object(id).map_err(|error| hole(&error))?;
+            let object = self.bare.repository.find_object(id).map_err(|error| hole(id, &error))?;
             let (data, format) = (&object.data, object.id.kind());
             match object.kind {
                 Kind::Commit => {
                     let mut commit = gix::objs::CommitRefIter::from_bytes(data, format);
-                    let tree = commit.tree_id().map_err(|error| hole(&error))?;
+                    let tree = commit.tree_id().map_err(|error| hole(id, &error))?;
                     waiting.extend(commit.parent_ids().chain([tree]).filter(|id| seen.insert(*id)));
                 }
                 Kind::Tag => {
-                    let tag = gix::objs::TagRef::from_bytes(data, format).map_err(|error| hole(&error))?;
+                    let tag = gix::objs::TagRef::from_bytes(data, format).map_err(|error| hole(id, &error))?;
                     let target = tag.target();
                     match tag.target_kind {
                         Kind::Blob if here(target) => {}
@@ -102,16 +93,16 @@ impl Outline {
                 }
                 Kind::Tree => {
                     for entry in gix::objs::TreeRefIter::from_bytes(data, format) {
-                        let entry = entry.map_err(|error| hole(&error))?;
-                        let id = entry.oid.to_owned();
+                        let entry = entry.map_err(|error| hole(id, &error))?;
+                        let child = entry.oid.to_owned();
                         // A submodule's commit is not of this repository.
-                        if entry.mode.is_commit() || !seen.insert(id) {
+                        if entry.mode.is_commit() || !seen.insert(child) {
                             continue;
                         }
                         if entry.mode.is_tree() {
-                            waiting.push(id);
-                        } else if !here(id) {
-                            lacking.push(id.to_string());
+                            waiting.push(child);
+                        } else if !here(child) {
+                            lacking.push(child.to_string());
                         }
                     }
                 }
@@ -123,7 +114,7 @@ impl Outline {
 
     /// Moves it into `mirror`, which has all of its files; there is none after that.
     pub(super) fn settle(self, mirror: &Bare) -> Result<(), Failure> {
-        let (from, to) = (packs(self.bare.path()), packs(mirror.path()));
+        let (from, to) = (self.bare.packs_at(), mirror.packs_at());
         for name in mirror::packs(self.bare.path())? {
             // The index comes last: with it the pack is there.
             for end in ["pack", "idx"] {
@@ -138,8 +129,4 @@ impl Outline {
 
 fn place(mirror: &Bare) -> PathBuf {
     mirror.path().join(PLACE)
-}
-
-fn packs(repository: &Path) -> PathBuf {
-    repository.join("objects/pack")
 }
