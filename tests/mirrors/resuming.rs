@@ -265,6 +265,12 @@ async fn with_transfers_killed_all_the_time_a_single_large_commit_comes_by_its_f
     completes(large_commit(), false).await;
 }
 
+/// What tries that died leave beside a mirror: a plan to bring `target`, from `reach` on, by its files, one at a time.
+fn leave_plan(mirror: &Path, target: &str, reach: u32) {
+    let plan = json!({ "target": target, "reach": reach, "step": 1, "aim": 1000, "under_way": false, "files": 1 });
+    fs::write(mirror.join("transfer.json"), json!({ "attempts": 3, "plan": plan }).to_string()).unwrap();
+}
+
 /// A mirror that has `upstream` but for what `more` adds to it, and an earlier try that died so often that it left a plan
 /// to bring the object that `more` returns by its files, one at a time, and an outline of something else: the next
 /// completes. How often it asked for a pack.
@@ -273,8 +279,7 @@ async fn goes_on_by_files(upstream: Upstream, more: impl FnOnce(&Upstream) -> St
     let node = place::node().await;
     let fetched = node.fetch(&server.url("app.git")).await.unwrap();
     let target = more(&upstream);
-    let plan = json!({ "target": target, "reach": 2, "step": 1, "aim": 1000, "under_way": false, "files": 1 });
-    fs::write(fetched.path.join("transfer.json"), json!({ "attempts": 3, "plan": plan }).to_string()).unwrap();
+    leave_plan(&fetched.path, &target, 2);
     fs::create_dir_all(fetched.path.join("outline/objects/pack")).unwrap();
     let (mirror, before) = (fetched.path.clone(), server.counts().packs);
     drop(fetched);
@@ -316,8 +321,7 @@ async fn an_upstream_that_refuses_files_by_their_ids_is_asked_for_whole_units_ag
     let (directory, file) = blob.split_at(2);
     let (there, away) = (upstream.path().join("objects").join(directory).join(file), upstream.root().join("away"));
     fs::rename(&there, &away).unwrap();
-    let plan = json!({ "target": target, "reach": 1, "step": 1, "aim": 1000, "under_way": false, "files": 1 });
-    fs::write(mirror.join("transfer.json"), json!({ "attempts": 3, "plan": plan }).to_string()).unwrap();
+    leave_plan(&mirror, &target, 1);
     node.fetch(&server.url("app.git")).await.unwrap_err();
     let remembered: serde_json::Value =
         serde_json::from_slice(&fs::read(mirror.join("transfer.json")).unwrap()).unwrap();
