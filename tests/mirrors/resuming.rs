@@ -18,7 +18,7 @@ use haul::git::mirror::{Fetched, Want};
 use serde_json::json;
 
 use crate::{
-    githttp::{Server, Upstream, git_command},
+    githttp::{Noise, Server, Upstream, git_command},
     node::{Bounds, Node, assert_sound},
     place::{self, packs},
 };
@@ -95,26 +95,6 @@ fn carry(mut from: TcpStream, mut to: TcpStream, rate: u64, count: &AtomicU64) {
     }
 }
 
-/// Texts that do not compress.
-struct Noise(u64);
-
-impl Noise {
-    fn new() -> Self {
-        Self(0x9e37_79b9_7f4a_7c15)
-    }
-
-    fn text(&mut self, length: usize) -> String {
-        let mut text = String::new();
-        while text.len() < length {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            let _ = write!(text, "{:016x}", self.0);
-        }
-        text
-    }
-}
-
 /// A repository that `git fast-import` makes of a stream.
 fn imported(stream: &str) -> Upstream {
     let upstream = Upstream::new();
@@ -129,7 +109,7 @@ fn imported(stream: &str) -> Upstream {
 
 /// A history whose first commit has all that is large, in many files, and after it a few small ones.
 fn large_commit() -> Upstream {
-    let (mut stream, mut noise) = (String::new(), Noise::new());
+    let (mut stream, mut noise) = (String::new(), Noise::new(0));
     for n in 1..=5 {
         let _ = write!(stream, "commit refs/heads/main\nmark :{n}\ncommitter A <a@example.org> {n} +0000\ndata 1\nc\n");
         if n > 1 {
@@ -151,7 +131,7 @@ fn large_commit() -> Upstream {
 
 /// A history of many commits, each with something that does not compress; with merges, and a branch beside it.
 fn long_history(tags: bool) -> Upstream {
-    let (mut stream, mut noise) = (String::new(), Noise::new());
+    let (mut stream, mut noise) = (String::new(), Noise::new(0));
     for n in 1..=300 {
         let text = noise.text(5000);
         let message = format!("commit {n}");

@@ -132,6 +132,28 @@ struct State {
     counts: Counts,
 }
 
+/// Texts that do not compress.
+pub(crate) struct Noise(u64);
+
+impl Noise {
+    /// Always the same ones for the same `seed`.
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(0x9e37_79b9_7f4a_7c15 ^ seed)
+    }
+
+    /// The next, of at least `length` bytes.
+    pub(crate) fn text(&mut self, length: usize) -> String {
+        let mut text = String::with_capacity(length);
+        while text.len() < length {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            let _ = write!(text, "{:016x}", self.0);
+        }
+        text
+    }
+}
+
 impl Upstream {
     /// An empty repository whose `HEAD` is `main`.
     pub(crate) fn new() -> Self {
@@ -176,15 +198,7 @@ impl Upstream {
 
     /// Commits a file of so many bytes that do not compress.
     pub(crate) fn commit_noise(&self, branch: &str, bytes: usize) -> String {
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ bytes as u64;
-        let mut text = String::with_capacity(bytes);
-        while text.len() < bytes {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            let _ = write!(text, "{state:016x}");
-        }
-        self.commit(branch, &[("noise.txt", &text)])
+        self.commit(branch, &[("noise.txt", &Noise::new(bytes as u64).text(bytes))])
     }
 
     /// Runs git in the repository; it must succeed.
