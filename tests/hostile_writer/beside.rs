@@ -23,13 +23,18 @@ use crate::{
 /// Tells a process of the owner where to work.
 const ORDER: &str = "HAUL_TEST_WRITER";
 
-pub(crate) enum Beside {
+pub(crate) struct Beside {
+    order: Order,
+    at_work: AtWork,
+}
+
+enum AtWork {
     Ours(Arc<AtomicBool>, JoinHandle<Writer>),
-    Theirs(Child, Order),
+    Theirs(Child),
 }
 
 #[derive(Serialize, Deserialize)]
-pub(crate) struct Order {
+struct Order {
     project: PathBuf,
     /// Where links lead to: what is the owner's, and what they may only read.
     outside: PathBuf,
@@ -47,6 +52,11 @@ impl Order {
     fn report(&self) -> PathBuf {
         self.place.join("report")
     }
+
+    /// Where the number of steps stands while it works.
+    fn steps(&self) -> PathBuf {
+        self.place.join("steps")
+    }
 }
 
 impl Beside {
@@ -60,25 +70,31 @@ impl Beside {
             let mut command = Command::new(std::env::current_exe().unwrap());
             command.args([test, "--exact", "--nocapture"]).env_clear().uid(USER).gid(USER);
             command.env(ORDER, serde_json::to_string(&order).unwrap()).stdin(Stdio::piped()).stdout(Stdio::null());
-            return Self::Theirs(command.spawn().unwrap(), order);
+            return Self { at_work: AtWork::Theirs(command.spawn().unwrap()), order };
         }
         let stop = Arc::new(AtomicBool::new(false));
-        let (told, mut writer) = (stop.clone(), order.writer());
+        let (told, mut writer, steps) = (stop.clone(), order.writer(), order.steps());
         let writing = std::thread::spawn(move || {
-            work(&mut writer, &told);
+            work(&mut writer, &steps, &told);
             writer
         });
-        Self::Ours(stop, writing)
+        Self { order, at_work: AtWork::Ours(stop, writing) }
+    }
+
+    /// How many steps it has done so far.
+    pub(crate) fn steps(&self) -> u64 {
+        fs::read_to_string(self.order.steps()).ok().and_then(|steps| steps.parse().ok()).unwrap_or(0)
     }
 
     /// Lets it come to an end.
     pub(crate) fn rest(self) -> Writer {
-        match self {
-            Self::Ours(stop, writing) => {
+        let order = self.order;
+        match self.at_work {
+            AtWork::Ours(stop, writing) => {
                 stop.store(true, Ordering::SeqCst);
                 writing.join().unwrap()
             }
-            Self::Theirs(mut child, order) => {
+            AtWork::Theirs(mut child) => {
                 drop(child.stdin.take());
                 let begun = Instant::now();
                 let ended = loop {
@@ -96,9 +112,10 @@ impl Beside {
     }
 }
 
-fn work(writer: &mut Writer, stop: &AtomicBool) {
+fn work(writer: &mut Writer, steps: &Path, stop: &AtomicBool) {
     while !stop.load(Ordering::SeqCst) {
         writer.step();
+        fs::write(steps, writer.steps.to_string()).unwrap();
     }
     writer.rest();
 }
@@ -114,7 +131,7 @@ pub(crate) fn perform() -> bool {
         told.store(true, Ordering::SeqCst);
     });
     let mut writer = order.writer().calmer();
-    work(&mut writer, &stop);
+    work(&mut writer, &order.steps(), &stop);
     fs::write(order.report(), serde_json::to_vec(&writer.report()).unwrap()).unwrap();
     true
 }
