@@ -102,6 +102,13 @@ impl Schedule {
         found
     }
 
+    /// Whether a clone of the project waits that comes before `place`.
+    #[must_use]
+    pub fn clone_waits_before(&self, project: ProjectId, place: Place) -> bool {
+        let mut queue = self.waiting.get(&project).into_iter().flatten();
+        queue.any(|task| task.kind == Kind::Clone && task.place.is_older_than(place))
+    }
+
     /// Tasks that wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
@@ -169,6 +176,15 @@ mod tests {
         assert_eq!(started(&mut schedule), [3]);
         schedule.finish(8);
         assert_eq!(started(&mut schedule), [1]);
+    }
+
+    #[test]
+    fn only_an_older_clone_of_the_same_project_waits_before_a_task() {
+        let mut schedule = Schedule::new(1);
+        schedule.enqueue(pull(1, 7));
+        schedule.enqueue(task(5, 7, Kind::Clone, Priority::Normal));
+        let before = |project, arrived| schedule.clone_waits_before(project, Place { generation: None, arrived });
+        assert_eq!((before(7, 9), before(7, 5), before(7, 2), before(8, 9)), (true, false, false, false));
     }
 
     #[test]

@@ -136,8 +136,10 @@ pub struct Worker {
 /// How a message's path was gone to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Through {
-    /// Its task has ended, or goes on in a copy that the broker has.
+    /// Its task has ended.
     Ended,
+    /// Its task goes on in a copy that asks for this attempt, which the broker has.
+    LetGo(u32),
     /// A copy with a higher attempt was let go before it came.
     Overtaken,
 }
@@ -233,8 +235,10 @@ impl Worker {
                 self.pay(&arrival.key, owed).await?;
             }
             Ending::Again(again) => {
+                let attempt = again.attempt;
                 self.release(arrival, again).await?;
                 drop(turn);
+                return Ok(Through::LetGo(attempt));
             }
             Ending::Answered(entry) => self.answer(&arrival.key, *entry).await?,
             Ending::Mismatch => self.dead_letter_mismatch(arrival).await?,
@@ -297,15 +301,22 @@ impl Worker {
     }
 
     /// Step 9: everything that belongs to the task is acknowledged; a delivery whose channel is gone comes again and is
-    /// answered from the journal. The copy that overtook a delivery may have joined it, and goes back to be looked at.
+    /// answered from the journal.
+    ///
+    /// The copy in which the task goes on may have joined the delivery that it replaces: one that overtook it on its way here,
+    /// or one whose confirm came later than it did itself. It goes back to be looked at.
     async fn acknowledge(&self, arrival: &Arrival, through: Through) {
         let key = &arrival.key;
-        for delivery in self.active.leave(key) {
+        for (number, delivery) in self.active.leave(key).into_iter().enumerate() {
             let attempt = CopyHeaders::read(&delivery.message.headers).attempt;
-            let done = match through {
-                Through::Overtaken if attempt > arrival.headers.attempt => settled(delivery.requeue()).await,
-                Through::Ended | Through::Overtaken => settled(delivery.ack()).await,
+            let goes_on = match through {
+                Through::Ended => false,
+                Through::LetGo(next) => attempt >= next,
+                Through::Overtaken => attempt > arrival.headers.attempt,
             };
+            // The first is the one that was handled.
+            let done =
+                if goes_on && number > 0 { settled(delivery.requeue()).await } else { settled(delivery.ack()).await };
             if !done {
                 tracing::debug!(task.id = %key.task_id, "the delivery's channel is gone; it comes again");
             }

@@ -175,6 +175,48 @@ async fn a_retry_copy_that_comes_right_behind_the_delivery_it_replaced_is_not_se
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_retry_copy_that_comes_before_its_own_confirm_is_not_settled_with_the_delivery_that_it_replaces() {
+    // As where the connection for publishing stalls for longer than the shortest wait.
+    let pipeline = Pipeline::start().await;
+    pipeline.confirm_late("haul.retry", Duration::from_mins(1));
+    pipeline.script("t", [Script::Fail(ErrorClass::Network); 3]);
+    pipeline.publish(&clone_task("t", 1)).await;
+    assert_eq!(pipeline.ends("t", Status::Succeeded).await.attempt, 4);
+    assert_eq!(pipeline.executions("t"), 4);
+    pipeline.drained().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_waits_for_a_clone_is_not_settled_with_its_delivery_either() {
+    let pipeline = Pipeline::start().await;
+    pipeline.script("clone", [Script::Fail(ErrorClass::Network); 3]);
+    pipeline.publish(&clone_task("clone", 1)).await;
+    pipeline.saw("clone", Status::Retrying).await;
+    // Its copies ask for the attempt that the delivery itself asked for.
+    pipeline.confirm_late("haul.retry", Duration::from_mins(1));
+    pipeline.publish(&task("pull", Kind::Pull, 1)).await;
+    pipeline.ends("clone", Status::Succeeded).await;
+    assert_eq!(pipeline.ends("pull", Status::Succeeded).await.attempt, 1);
+    assert_eq!(pipeline.executions("pull"), 1);
+    pipeline.drained().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pull_waits_for_its_clone_also_where_the_copy_of_the_clone_is_confirmed_late() {
+    let pipeline = Pipeline::start().await;
+    pipeline.confirm_late("haul.retry", Duration::from_mins(1));
+    pipeline.script("clone", [Script::Fail(ErrorClass::Network); 3]);
+    pipeline.publish(&clone_task("clone", 1)).await;
+    pipeline.saw("clone", Status::Retrying).await;
+    // The clone has its turn until its copy is confirmed.
+    pipeline.publish(&task("pull", Kind::Pull, 1)).await;
+    pipeline.ends("clone", Status::Succeeded).await;
+    pipeline.ends("pull", Status::Succeeded).await;
+    assert_eq!(pipeline.executions("pull"), 1);
+    pipeline.drained().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_task_of_another_node_is_forwarded_or_dead_lettered_where_that_node_is_gone() {
     let pipeline = Pipeline::start().await;
     pipeline.declare_node("n2").await;

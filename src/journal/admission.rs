@@ -169,10 +169,12 @@ impl Entry {
         if sighting.not_after.is_some_and(|limit| sighting.now > limit) {
             return Admission::Expired(ticket);
         }
-        if let Some(wait) =
-            sighting.not_before.and_then(|due| Duration::try_from(due.duration_since(sighting.now)).ok())
+        if let Some(due) = sighting.not_before
+            && let Ok(wait) = Duration::try_from(due.duration_since(sighting.now))
             && !wait.is_zero()
         {
+            // The rest of its wait is no turn in between: what waits for it goes on waiting.
+            self.phase = Phase::Released { until: due };
             return Admission::Early(ticket, wait);
         }
         let waits_for = |clone: &&WaitingClone| {

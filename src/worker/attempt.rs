@@ -25,7 +25,7 @@ use crate::{
     failure::{ErrorClass, Failure},
     git::{Fence, Run},
     journal::{Admission, Entry, Ticket},
-    protocol::{Outcome, Place, Progress, TaskId},
+    protocol::{Kind, Outcome, Place, Progress, TaskId},
     retry::Next,
 };
 
@@ -195,13 +195,17 @@ impl Worker {
         // It came in time; that it waited here does not make it early again.
         sighting.not_before = None;
         let (now, round, project) = (sighting.now, sighting.round, sighting.project);
-        let (boot, alone) = (self.boot.clone(), self.caution.is_on());
+        let (boot, alone, turns) = (self.boot.clone(), self.caution.is_on(), self.turns.clone());
+        let needs_clone = matches!(arrival.task.kind(), Kind::Pull | Kind::Status);
         let step = self.journal.step(&arrival.key.task_id, now, move |step| {
             sighting.next_arrival = step.next_arrival;
             let (admission, _) = step.page.admit(&sighting, &(step.clones)(project));
-            if let Admission::Fresh(ticket) = &admission {
-                step.page.begin(round, ticket.attempt, &boot, alone);
+            let Admission::Fresh(ticket) = admission else { return admission };
+            // A clone that failed gives up its turn, and may be back before whoever got it has asked.
+            if needs_clone && turns.clone_waits_before(project, ticket.place) {
+                return Admission::Behind(ticket);
             }
+            step.page.begin(round, ticket.attempt, &boot, alone);
             admission
         });
         Ok(step.await?)

@@ -195,6 +195,8 @@ impl Worker {
         self.deliver(Envelope { exchange, routing_key: self.settings.node.to_string(), message }, false).await?;
         self.observer.reached(Step::CopyConfirmed, Some(&arrival.key.task_id));
         let (round, attempt, now) = (arrival.key.round, again.attempt, self.clock.now());
+        // Where the broker's word came late, the copy is not overdue from the start.
+        let due = due.max(now);
         let lost = arrival.entry(again.ticket.place, now);
         let noted = self.journal.step(&arrival.key.task_id, now, move |step| {
             step.page.known(round, || lost);

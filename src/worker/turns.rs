@@ -71,6 +71,11 @@ impl Turns {
         self.lock().schedule.waiting()
     }
 
+    /// Whether a clone of the project waits that comes before `place`.
+    pub(super) fn clone_waits_before(&self, project: ProjectId, place: Place) -> bool {
+        self.lock().schedule.clone_waits_before(project, place)
+    }
+
     /// Gives no turn any more, or again.
     pub(super) fn hold(self: &Arc<Self>, hold: bool) {
         let mut inner = self.lock();

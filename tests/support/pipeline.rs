@@ -232,6 +232,7 @@ pub struct Pipeline {
     full: Arc<AtomicBool>,
     damaged: Arc<AtomicBool>,
     slow: Slow,
+    late: Late,
     clock: Clock,
     /// Seconds that the wall clock was put forward.
     ahead: Arc<AtomicI64>,
@@ -281,6 +282,7 @@ impl Pipeline {
             full,
             damaged: Arc::default(),
             slow: Arc::default(),
+            late: Arc::default(),
             clock,
             ahead,
             boots: AtomicU64::new(0),
@@ -306,7 +308,12 @@ impl Pipeline {
                 ghost_limit: Duration::from_secs(12),
                 force: false,
             },
-            broker: Arc::new(MortalBroker { broker: self.broker.clone(), dead: dead.clone(), slow: self.slow.clone() }),
+            broker: Arc::new(MortalBroker {
+                broker: self.broker.clone(),
+                dead: dead.clone(),
+                slow: self.slow.clone(),
+                late: self.late.clone(),
+            }),
             journal: self.journal(dead).await,
             executor: self.executor.clone(),
             observer: self.steps.clone(),
@@ -570,6 +577,11 @@ impl Pipeline {
         *self.slow.lock().unwrap() = Some(routing_keys.to_owned());
     }
 
+    /// Lets every message for exchanges whose names begin so be confirmed only this much later.
+    pub fn confirm_late(&self, exchanges: &str, later: Duration) {
+        *self.late.lock().unwrap() = Some((exchanges.to_owned(), later));
+    }
+
     /// The control answers so far.
     pub fn answers(&self) -> Vec<String> {
         self.seen.lock().unwrap().answers.iter().map(|answer| answer.answer.clone()).collect()
@@ -686,12 +698,15 @@ async fn subscribe(broker: &Memory, queue: String, seen: Arc<Mutex<Seen>>, news:
 
 /// The end of the routing keys whose publishes take long.
 type Slow = Arc<Mutex<Option<String>>>;
+/// The beginning of exchanges' names, and how late the broker's word comes for what was published there.
+type Late = Arc<Mutex<Option<(String, Duration)>>>;
 
 /// A broker's connection of a process that may be gone.
 struct MortalBroker {
     broker: Memory,
     dead: Arc<AtomicBool>,
     slow: Slow,
+    late: Late,
 }
 
 #[async_trait]
@@ -704,7 +719,13 @@ impl Broker for MortalBroker {
         if slow.is_some_and(|slow| outgoing.routing_key.ends_with(&slow)) {
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        self.broker.publish(outgoing).await
+        let late = self.late.lock().unwrap().clone();
+        let late = late.filter(|(exchanges, _)| outgoing.exchange.starts_with(exchanges));
+        let published = self.broker.publish(outgoing).await;
+        if let Some((_, later)) = late {
+            tokio::time::sleep(later).await;
+        }
+        published
     }
     async fn consume(&self, consume: Consume) -> Result<Consumer, BrokerError> {
         self.broker.consume(consume).await
