@@ -258,26 +258,30 @@ impl Delivery {
     ///
     /// # Errors
     /// When its channel is gone: it comes again.
-    pub async fn ack(self) -> Result<(), StaleDelivery> {
-        self.settle(Settlement::Ack).await
+    pub fn ack(self) -> impl Future<Output = Result<(), StaleDelivery>> + Send {
+        self.settle(Settlement::Ack)
     }
 
     /// Gives it back.
     ///
     /// # Errors
     /// When its channel is gone: it comes again anyway.
-    pub async fn requeue(self) -> Result<(), StaleDelivery> {
-        self.settle(Settlement::Requeue).await
+    pub fn requeue(self) -> impl Future<Output = Result<(), StaleDelivery>> + Send {
+        self.settle(Settlement::Requeue)
     }
 
     /// Settles it.
     ///
     /// # Errors
     /// When its channel is gone.
-    pub async fn settle(mut self, settlement: Settlement) -> Result<(), StaleDelivery> {
-        match self.settle.take() {
-            Some(settle) => settle.settle(settlement).await,
-            None => Err(StaleDelivery),
+    pub fn settle(mut self, settlement: Settlement) -> impl Future<Output = Result<(), StaleDelivery>> + Send {
+        // The message itself is not needed for it, and not kept while the broker is waited for.
+        let settle = self.settle.take();
+        async move {
+            match settle {
+                Some(settle) => settle.settle(settlement).await,
+                None => Err(StaleDelivery),
+            }
         }
     }
 

@@ -103,20 +103,24 @@ impl Journal {
     ///
     /// # Errors
     /// When the commit failed: nothing of the step holds.
-    pub async fn step<A: Send + 'static>(
-        &self,
+    pub fn step<'a, A: Send + 'static, D: FnOnce(Step<'_>) -> A + Send + 'static>(
+        &'a self,
         task: &TaskId,
         now: Timestamp,
-        decide: impl FnOnce(Step<'_>) -> A + Send + 'static,
-    ) -> Result<A, JournalError> {
+        decide: D,
+    ) -> impl Future<Output = Result<A, JournalError>> + Send + use<'a, A, D> {
         let (reply, answer) = oneshot::channel();
+        // Boxed before anything waits: a future that holds what is decided with would be several times as large.
         let decide: Decide = Box::new(move |step| {
             let decided = decide(step);
             // The receiver may be gone: its task was stopped, and nobody waits for the answer.
             Box::new(move |committed| drop(reply.send(committed.map(|()| decided))))
         });
-        self.send(Request::Step { task: task.clone(), now, decide }).await?;
-        answer.await.map_err(|_| if self.is_closed() { JournalError::Closed } else { JournalError::Broken })?
+        let request = Request::Step { task: task.clone(), now, decide };
+        async move {
+            self.send(request).await?;
+            answer.await.map_err(|_| if self.is_closed() { JournalError::Closed } else { JournalError::Broken })?
+        }
     }
 
     /// Every entry that owes something.

@@ -14,6 +14,7 @@ mod enrol;
 mod error;
 mod hand_over;
 mod history;
+mod leave;
 mod line;
 mod poison;
 mod readiness;
@@ -31,7 +32,6 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use futures_util::FutureExt as _;
@@ -45,14 +45,11 @@ pub use settings::{Clock, WorkerSettings};
 pub use step::{Observe, Step, Unobserved};
 
 use crate::{
-    broker::{Broker, Delivery, StaleDelivery},
+    broker::{Broker, Delivery},
     execute::Execute,
     failure::{ErrorClass, Failure},
     journal::{Admission, Entry},
-    protocol::{
-        Origin, Outcome,
-        wire::{CopyHeaders, Undecodable},
-    },
+    protocol::{Origin, Outcome, wire::Undecodable},
     store::Journal,
 };
 use active::{Active, Entered};
@@ -61,14 +58,12 @@ use attempt::{Admitted, Ending, Standing};
 use caution::Caution;
 use error::Interrupted;
 use history::Histories;
+use leave::Through;
 use line::Lines;
 use poison::Trial;
 use reporter::Reporter;
 use turns::{Queued, Turn, Turns};
 use watch::Verdict;
-
-/// How long a delivery may take to be settled: a connection that breaks at that moment may never tell.
-const SETTLING: Duration = Duration::from_secs(10);
 
 /// Everything that a worker is made of.
 pub struct Parts {
@@ -133,17 +128,6 @@ pub struct Worker {
     drains: Mutex<Vec<control::Draining>>,
 }
 
-/// How a message's path was gone to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Through {
-    /// Its task has ended.
-    Ended,
-    /// Its task goes on in a copy that asks for this attempt, which the broker has.
-    LetGo(u32),
-    /// A copy with a higher attempt was let go before it came.
-    Overtaken,
-}
-
 impl Worker {
     /// Puts the parts together; nothing runs yet.
     #[must_use]
@@ -186,34 +170,36 @@ impl Worker {
 
     /// The path of one message, from its delivery to its acknowledgement.
     ///
+    /// Each message in hand has a future of it: what rarely happens is boxed, here and below, which keeps that small.
+    ///
     /// It is `read` already where others are handled beside it: then its place in the line of its project is taken.
     async fn handle(self: Arc<Self>, delivery: Delivery, read: Option<Result<Arrival, Undecodable>>) {
         let trial = self.try_alone(&delivery.message).await;
         if matches!(trial, Trial::Unreadable) {
-            let done = self.bury(&delivery.message).await;
-            return self.finish(delivery, done).await;
+            let done = Box::pin(self.bury(&delivery.message)).await;
+            return Box::pin(self.finish(delivery, done)).await;
         }
         let mut arrival = match read.unwrap_or_else(|| self.read(&delivery.message)) {
             Ok(arrival) => arrival,
-            Err(undecodable) => return self.refuse(delivery, undecodable).await,
+            Err(undecodable) => return Box::pin(self.refuse(delivery, undecodable)).await,
         };
         self.was_read(&arrival).await;
         if let Some(owner) = arrival.belongs_elsewhere(&self.settings.node) {
-            return self.forward(&arrival, owner, delivery).await;
+            return Box::pin(self.forward(&arrival, owner, delivery)).await;
         }
         arrival.cancel = match self.active.enter(&arrival.key, &arrival.digest, delivery) {
             Entered::First(cancel) => cancel,
             Entered::Joined => return,
-            Entered::Mismatch(delivery) => return self.report_mismatch(&arrival, *delivery).await,
+            Entered::Mismatch(delivery) => return Box::pin(self.report_mismatch(&arrival, *delivery)).await,
         };
         if matches!(trial, Trial::GivenUp) {
-            return self.give_up(&arrival).await;
+            return Box::pin(self.give_up(&arrival)).await;
         }
         // A panic on the way is a fault of ours; the task must neither be lost nor block the window with its deliveries.
         match AssertUnwindSafe(self.conclude(&arrival)).catch_unwind().await {
             Ok(Ok(through)) => self.acknowledge(&arrival, through).await,
-            Ok(Err(Interrupted::Broken)) | Err(_) => self.after_panic(&arrival).await,
-            Ok(Err(interrupted)) => self.give_back(&arrival, interrupted).await,
+            Ok(Err(Interrupted::Broken)) | Err(_) => Box::pin(self.after_panic(&arrival)).await,
+            Ok(Err(interrupted)) => Box::pin(self.give_back(&arrival, interrupted)).await,
         }
     }
 
@@ -236,12 +222,12 @@ impl Worker {
             }
             Ending::Again(again) => {
                 let attempt = again.attempt;
-                self.release(arrival, again).await?;
+                Box::pin(self.release(arrival, again)).await?;
                 drop(turn);
                 return Ok(Through::LetGo(attempt));
             }
-            Ending::Answered(entry) => self.answer(&arrival.key, *entry).await?,
-            Ending::Mismatch => self.dead_letter_mismatch(arrival).await?,
+            Ending::Answered(entry) => Box::pin(self.answer(&arrival.key, *entry)).await?,
+            Ending::Mismatch => Box::pin(self.dead_letter_mismatch(arrival)).await?,
             Ending::Done => return Ok(Through::Overtaken),
         }
         Ok(Through::Ended)
@@ -270,7 +256,9 @@ impl Worker {
         });
         let (admission, closed, queued, turn) = step.await?;
         self.observer.reached(Step::Admitted, Some(&arrival.key.task_id));
-        self.close_lower_rounds(arrival, closed).await?;
+        if !closed.is_empty() {
+            Box::pin(self.close_lower_rounds(arrival, closed)).await?;
+        }
         let standing = match (refused, queued, turn) {
             (Some(failure), ..) => Standing::Refused(failure),
             (None, None, _) => Standing::TooMany,
@@ -300,62 +288,6 @@ impl Worker {
         }
     }
 
-    /// Step 9: everything that belongs to the task is acknowledged; a delivery whose channel is gone comes again and is
-    /// answered from the journal.
-    ///
-    /// The copy in which the task goes on may have joined the delivery that it replaces: one that overtook it on its way here,
-    /// or one whose confirm came later than it did itself. It goes back to be looked at.
-    async fn acknowledge(&self, arrival: &Arrival, through: Through) {
-        let key = &arrival.key;
-        for (number, delivery) in self.active.leave(key).into_iter().enumerate() {
-            let attempt = CopyHeaders::read(&delivery.message.headers).attempt;
-            let goes_on = match through {
-                Through::Ended => false,
-                Through::LetGo(next) => attempt >= next,
-                Through::Overtaken => attempt > arrival.headers.attempt,
-            };
-            // The first is the one that was handled.
-            let done =
-                if goes_on && number > 0 { settled(delivery.requeue()).await } else { settled(delivery.ack()).await };
-            if !done {
-                tracing::debug!(task.id = %key.task_id, "the delivery's channel is gone; it comes again");
-            }
-        }
-        self.observer.reached(Step::Acked, Some(&key.task_id));
-        self.settled_one(Some(key)).await;
-    }
-
-    /// The path was cut short: the broker keeps the task.
-    async fn give_back(&self, arrival: &Arrival, why: Interrupted) {
-        match why {
-            Interrupted::Journal(error) => {
-                tracing::error!(task.id = %arrival.key.task_id, error = %error, "given back: the journal cannot be written");
-                self.trouble.send_replace(true);
-                self.changed.notify_one();
-            }
-            Interrupted::Stopping | Interrupted::Broken => {
-                // An attempt that we ended ourselves is charged neither as an attempt nor as a crash.
-                let (round, now) = (arrival.key.round, self.clock.now());
-                let noted = self.journal.step(&arrival.key.task_id, now, move |step| {
-                    step.page.give_back(round, now);
-                });
-                if let Err(error) = noted.await {
-                    tracing::warn!(task.id = %arrival.key.task_id, error = %error, "given back without a note");
-                }
-            }
-        }
-        let ending = self.soft.is_cancelled() || self.hard.is_cancelled();
-        for delivery in self.active.leave(&arrival.key) {
-            if ending {
-                // It goes back with its channel, in its order with all the others.
-                delivery.abandon();
-            } else {
-                // A delivery whose channel is gone is back at the broker already.
-                settled(delivery.requeue()).await;
-            }
-        }
-    }
-
     /// A message that is no task of ours: dead-lettered with the reason, and reported where it can be named.
     async fn refuse(self: &Arc<Self>, delivery: Delivery, undecodable: Undecodable) {
         let message = &delivery.message;
@@ -376,16 +308,6 @@ impl Worker {
         self.finish(delivery, done).await;
     }
 
-    /// Settles a delivery that never became a task in hand.
-    async fn finish(&self, delivery: Delivery, done: Result<(), Interrupted>) {
-        // A delivery whose channel is gone comes again.
-        match done {
-            Ok(()) => settled(delivery.ack()).await,
-            Err(_) => settled(delivery.requeue()).await,
-        };
-        self.settled_one(None).await;
-    }
-
     /// How many settled tasks the broker does not take the debts of.
     fn owing(&self) -> usize {
         self.owing.load(Ordering::Relaxed)
@@ -399,9 +321,4 @@ impl Worker {
         }
         Ok(())
     }
-}
-
-/// Waits until a delivery is settled; false where its channel is gone, or nobody answers any more: it comes again.
-async fn settled(settling: impl Future<Output = Result<(), StaleDelivery>>) -> bool {
-    matches!(tokio::time::timeout(SETTLING, settling).await, Ok(Ok(())))
 }
