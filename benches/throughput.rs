@@ -96,6 +96,9 @@ struct Arguments {
     /// Be the bare loop on this queue
     #[arg(long, hide = true, value_name = "QUEUE")]
     bare: Option<String>,
+    /// As the bare loop, tell this exchange of the begin and the end of each
+    #[arg(long, hide = true, value_name = "EXCHANGE")]
+    bare_tells: Option<String>,
     #[command(flatten)]
     orders: Orders,
     /// What cargo adds
@@ -120,7 +123,8 @@ fn main() {
         return agent::be(&arguments.orders, arguments.slots, arguments.window);
     }
     if let Some(queue) = &arguments.bare {
-        return sides::be_bare(arguments.orders.url(), queue, arguments.orders.expect);
+        let events = arguments.bare_tells.as_deref();
+        return sides::be_bare(arguments.orders.url(), queue, events, arguments.orders.expect);
     }
     for name in &arguments.cases {
         assert!(CASES.contains(&name.as_str()), "no case is called {name}; see --help");

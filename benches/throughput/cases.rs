@@ -37,6 +37,7 @@ pub(crate) async fn throughput(world: &mut World) {
     let python = sides::python();
     let mut haul = Series::new(format!("haul, {} slots, window {}", size.0, size.1));
     let mut bare = Series::new("bare loop (consume, publish, ack)");
+    let mut bare_telling = Series::new("the same loop, both events of a task");
     let mut celery = Series::new("Celery, 2 processes, acks late, tells nobody");
     let mut telling = Series::new("the same Celery, tells of begin and end");
     let (mut events, mut seconds) = (0.0, 0.0);
@@ -51,17 +52,18 @@ pub(crate) async fn throughput(world: &mut World) {
         assert_eq!(rig.ready(&rig.queue()).await, 0, "all tasks are acknowledged");
         events += f64::from(rig.take_events().await);
         haul.rounds.push(tasks as f64 / took * 1e9);
-        bare.rounds.push(sides::bare(&rig, tasks).await);
+        bare.rounds.push(sides::bare(&rig, tasks, false).await);
+        bare_telling.rounds.push(sides::bare(&rig, tasks, true).await);
         if let Some(python) = &python {
             let (tasks, log) = (tasks / CELERY_SHARE, log(&place, "celery"));
             celery.rounds.push(sides::celery(&rig, python, tasks, false, &log).await);
             telling.rounds.push(sides::celery(&rig, python, tasks, true, &log).await);
         }
         let of = |series: &Series| series.rounds.get(round).copied().unwrap_or(f64::NAN);
-        let [haul, bare, celery, telling] = [&haul, &bare, &celery, &telling].map(of);
+        let [haul, bare, both, celery, telling] = [&haul, &bare, &bare_telling, &celery, &telling].map(of);
         let round = round + 1;
         eprintln!(
-            "round {round}: haul {haul:.0}/s, bare {bare:.0}/s, Celery {celery:.0}/s, Celery that tells {telling:.0}/s"
+            "round {round}: haul {haul:.0}/s, bare {bare:.0}/s, bare with both events {both:.0}/s, Celery {celery:.0}/s, Celery that tells {telling:.0}/s"
         );
     }
     let all = tasks as f64 * world.arguments.rounds as f64;
@@ -72,7 +74,7 @@ pub(crate) async fn throughput(world: &mut World) {
     ));
     world.measured = Some(haul.median());
     let title = "Tasks that do nothing, durable journal, events confirmed".to_owned();
-    let mut series = vec![haul, bare];
+    let mut series = vec![haul, bare, bare_telling];
     if python.is_some() {
         series.extend([celery, telling]);
     }

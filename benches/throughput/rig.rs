@@ -150,7 +150,8 @@ pub(crate) async fn publish(
     body: &[u8],
 ) -> impl Future<Output = lapin::Result<lapin::Confirmation>> + use<> {
     let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
-    let options = BasicPublishOptions::default();
+    // As Haul publishes its events: what no queue takes comes back.
+    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
     let sent = channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties).await;
     sent.expect("the channel is open")
 }

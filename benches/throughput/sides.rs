@@ -19,12 +19,15 @@ use crate::rig;
 const PREFETCH: u16 = 100;
 /// About as much as an event of ours has.
 const ANSWER: usize = 450;
+/// The routing keys of what is told of a task.
+const STORY: [&str; 2] = ["bench.pull.started", "bench.pull.succeeded"];
 
-/// Consumes `expect` messages, publishes one for each, and acknowledges each once that is confirmed: nothing else.
+/// Consumes `expect` messages, publishes for each, and acknowledges each once that is confirmed: nothing else.
 ///
-/// It runs in a process of its own, as the agent does; its output is the time it took, from the first delivery to the last
-/// acknowledgement.
-pub(crate) fn be_bare(url: &str, queue: &str, expect: u64) {
+/// It publishes one message to the queue `{queue}.out` or, where it is told of an exchange, the two that tell of a task
+/// there. It runs in a process of its own, as the agent does; its output is the time it took, from the first delivery to the
+/// last acknowledgement.
+pub(crate) fn be_bare(url: &str, queue: &str, events: Option<&str>, expect: u64) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -39,6 +42,10 @@ pub(crate) fn be_bare(url: &str, queue: &str, expect: u64) {
             .await
             .expect("it is ours");
         let (out, body) = (format!("{queue}.out"), vec![b'x'; ANSWER]);
+        let (exchange, keys) = match events {
+            Some(exchange) => (exchange, STORY.to_vec()),
+            None => ("", vec![out.as_str()]),
+        };
         let mut flying = FuturesUnordered::new();
         let (mut taken, mut begun) = (0, None);
         while taken < expect || !flying.is_empty() {
@@ -47,9 +54,15 @@ pub(crate) fn be_bare(url: &str, queue: &str, expect: u64) {
                     let delivery = delivery.expect("the queue is there").expect("the channel is open");
                     begun.get_or_insert_with(Instant::now);
                     taken += 1;
-                    let (channel, out, body) = (&channel, &out, &body);
+                    let (channel, keys, body) = (&channel, &keys, &body);
                     flying.push(async move {
-                        rig::publish(channel, "", out, body).await.await.expect("the broker confirms");
+                        let mut confirms = Vec::with_capacity(keys.len());
+                        for key in keys {
+                            confirms.push(rig::publish(channel, exchange, key, body).await);
+                        }
+                        for confirm in confirms {
+                            confirm.await.expect("the broker confirms");
+                        }
                         delivery.ack(BasicAckOptions::default()).await.expect("the channel is open");
                     });
                 }
@@ -61,8 +74,8 @@ pub(crate) fn be_bare(url: &str, queue: &str, expect: u64) {
     });
 }
 
-/// One round of the bare loop: messages a second.
-pub(crate) async fn bare(rig: &rig::Rig, tasks: u64) -> f64 {
+/// One round of the bare loop: messages a second. It `tells` the master's queue what Haul does, or publishes one message.
+pub(crate) async fn bare(rig: &rig::Rig, tasks: u64, tells: bool) -> f64 {
     let queue = format!("{}.bare", rig.names.prefix());
     let out = format!("{queue}.out");
     rig::quorum_queue(&rig.channel, &queue).await;
@@ -70,10 +83,17 @@ pub(crate) async fn bare(rig: &rig::Rig, tasks: u64) -> f64 {
     rig::publish_all(&rig.channel, "", &queue, (0..tasks).map(|number| rig::task(number).1)).await;
     let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
     command.args(["--bare", &queue, "--url", &rig.url, "--expect", &tasks.to_string()]);
+    if tells {
+        command.args(["--bare-tells", &rig.names.event()]);
+    }
     let mut process = Lively::start(command);
     let took: f64 = process.says("done").parse().expect("it is a number");
     process.end();
-    assert_eq!(u64::from(rig.ready(&out).await), tasks, "the bare loop published one message for each");
+    if tells {
+        assert_eq!(u64::from(rig.take_events().await), 2 * tasks, "the bare loop told of every begin and end");
+    } else {
+        assert_eq!(u64::from(rig.ready(&out).await), tasks, "the bare loop published one message for each");
+    }
     for queue in [queue, out] {
         let _ = rig.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
     }
