@@ -2,15 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-use haul::protocol::Status;
+use haul::{
+    broker::{Broker as _, Consume, Health, Names, Topology, rabbitmq::RabbitMq, settings::BrokerSettings},
+    protocol::Status,
+};
+use secrecy::SecretString;
 
 use crate::{
     CONSUMING_AGAIN, HEARTBEAT,
     scene::Scene,
     support::{
         agent::Agent,
+        eventually,
         proxy::{Proxy, Weather},
         repository::Repository,
+        unique,
     },
     together,
 };
@@ -28,6 +34,38 @@ async fn connections_that_were_reset() {
         scene.consumes_within(CONSUMING_AGAIN, Instant::now()).await;
     }
     scene.ends().await;
+}
+
+/// An agent is not started anew for months, and loses its connections more often than that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_were_lost_leave_no_task_behind() {
+    let (_together, rabbit) = together().await;
+    let proxy = Proxy::start(rabbit).await;
+    let names = Names::new(unique("leave-nothing"));
+    let settings = BrokerSettings { urls: vec![SecretString::from(proxy.url.as_str())], ..rabbit.settings() };
+    // A runtime of its own, whose tasks can be counted.
+    let own = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let begin = async move {
+        let client = RabbitMq::connect(&settings, "haul test").await.unwrap();
+        client.declare(&names.shared_topology(&names.master_event())).await.unwrap();
+        let consume =
+            Consume { queue: names.master_event(), tag: unique("tag"), prefetch: 10, declare: Topology::default() };
+        let consumer = client.consume(consume).await.unwrap();
+        (client, consumer)
+    };
+    let (client, consumer) = own.spawn(begin).await.unwrap();
+    let well = || *client.health().borrow() == Health::Up && *consumer.health().borrow() == Health::Up;
+    let alive = || own.metrics().num_alive_tasks();
+    let before = alive();
+    for _ in 0..8 {
+        let opened = proxy.opened();
+        proxy.reset();
+        eventually("the connections are made again", async || proxy.opened() >= opened + 2 && well()).await;
+    }
+    eventually(&format!("no more than {before} tasks are left"), async || alive() <= before).await;
+    client.close().await;
+    drop((client, consumer));
+    own.shutdown_background();
 }
 
 /// Given up within three heartbeats, and consuming within 15 s on another.
