@@ -1,7 +1,7 @@
 //! The master: publishes until it is confirmed, follows the events, and publishes again what a fault destroyed.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -57,6 +57,9 @@ pub(crate) struct Master {
     pub(crate) names: Names,
     history: Arc<History>,
     expected: Mutex<HashMap<Key, Expected>>,
+    /// Ends that were told before it was known that they are expected: a replay may be quicker than the word of it.
+    /// Only looked at under the lock of what is expected.
+    early: Mutex<HashSet<Key>>,
     /// Tasks that the broker has and that have not ended.
     open: AtomicUsize,
     /// Changes with every first confirm of a task and with every end.
@@ -72,6 +75,7 @@ impl Master {
             names,
             history,
             expected: Mutex::default(),
+            early: Mutex::default(),
             open: AtomicUsize::new(0),
             moved: AtomicU64::new(0),
         });
@@ -119,14 +123,15 @@ impl Master {
             head: event.result.and_then(|result| result.head),
         };
         if told.status.is_terminal() {
+            let key = (told.task.clone(), told.round);
             let mut expected = self.expected.lock().unwrap();
-            if let Some(task) = expected.get_mut(&(told.task.clone(), told.round))
-                && !std::mem::replace(&mut task.ended, true)
-            {
-                self.moved.fetch_add(1, Ordering::Relaxed);
-                if task.accepted {
-                    self.open.fetch_sub(1, Ordering::Relaxed);
+            if let Some(task) = expected.get_mut(&key) {
+                if !std::mem::replace(&mut task.ended, true) {
+                    self.moved.fetch_add(1, Ordering::Relaxed);
+                    self.open.fetch_sub(usize::from(task.accepted), Ordering::Relaxed);
                 }
+            } else {
+                self.early.lock().unwrap().insert(key);
             }
         }
         self.history.add(&Record::Event(told));
@@ -165,8 +170,10 @@ impl Master {
         let mut message = letter.copy();
         message.set(header::NODE, node.as_str());
         let (project, kind, generation) = (first.project, first.kind, first.generation);
-        expected.entry((task, round)).or_insert_with(|| {
-            self.open.fetch_add(1, Ordering::Relaxed);
+        let key = (task, round);
+        let ended = self.early.lock().unwrap().remove(&key);
+        expected.entry(key).or_insert_with(|| {
+            self.open.fetch_add(usize::from(!ended), Ordering::Relaxed);
             Expected {
                 node: node.to_string(),
                 project,
@@ -175,7 +182,7 @@ impl Master {
                 message,
                 began: Instant::now(),
                 accepted: true,
-                ended: false,
+                ended,
                 destroyed: false,
             }
         });
