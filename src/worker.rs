@@ -224,11 +224,12 @@ impl Worker {
                 let attempt = again.attempt;
                 Box::pin(self.release(arrival, again)).await?;
                 drop(turn);
-                return Ok(Through::LetGo(attempt));
+                return Ok(Through::GoesOn(attempt));
             }
             Ending::Answered(entry) => Box::pin(self.answer(&arrival.key, *entry)).await?,
             Ending::Mismatch => Box::pin(self.dead_letter_mismatch(arrival)).await?,
-            Ending::Done => return Ok(Through::Overtaken),
+            // The copy that was let go before this delivery came asks for a later attempt.
+            Ending::Done => return Ok(Through::GoesOn(arrival.headers.attempt.saturating_add(1))),
         }
         Ok(Through::Ended)
     }

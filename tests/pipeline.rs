@@ -8,7 +8,7 @@ use haul::{
     broker::Broker as _,
     failure::ErrorClass,
     protocol::{
-        Kind, Status,
+        Event, Kind, Status,
         wire::{HeaderValue, header},
     },
     retry::RetrySettings,
@@ -186,18 +186,29 @@ async fn a_retry_copy_that_comes_before_its_own_confirm_is_not_settled_with_the_
     pipeline.drained().await;
 }
 
+/// A clone whose first attempt has failed, and two more will.
+async fn clone_in_retry(pipeline: &Pipeline, id: &str, project: i64) {
+    pipeline.script(id, [Script::Fail(ErrorClass::Network); 3]);
+    pipeline.publish(&clone_task(id, project)).await;
+    pipeline.saw(id, Status::Retrying).await;
+}
+
+/// Publishes a pull of the project that `clone` waits to clone: both succeed, and the pull is tried once. Its end.
+async fn pull_behind_the_clone(pipeline: &Pipeline) -> Event {
+    pipeline.publish(&task("pull", Kind::Pull, 1)).await;
+    pipeline.ends("clone", Status::Succeeded).await;
+    let end = pipeline.ends("pull", Status::Succeeded).await;
+    assert_eq!(pipeline.executions("pull"), 1);
+    end
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_copy_that_waits_for_a_clone_is_not_settled_with_its_delivery_either() {
     let pipeline = Pipeline::start().await;
-    pipeline.script("clone", [Script::Fail(ErrorClass::Network); 3]);
-    pipeline.publish(&clone_task("clone", 1)).await;
-    pipeline.saw("clone", Status::Retrying).await;
-    // Its copies ask for the attempt that the delivery itself asked for.
+    clone_in_retry(&pipeline, "clone", 1).await;
+    // Copies of the pull ask for the attempt that its delivery itself asked for.
     pipeline.confirm_late("haul.retry", Duration::from_mins(1));
-    pipeline.publish(&task("pull", Kind::Pull, 1)).await;
-    pipeline.ends("clone", Status::Succeeded).await;
-    assert_eq!(pipeline.ends("pull", Status::Succeeded).await.attempt, 1);
-    assert_eq!(pipeline.executions("pull"), 1);
+    assert_eq!(pull_behind_the_clone(&pipeline).await.attempt, 1);
     pipeline.drained().await;
 }
 
@@ -205,14 +216,9 @@ async fn a_copy_that_waits_for_a_clone_is_not_settled_with_its_delivery_either()
 async fn a_pull_waits_for_its_clone_also_where_the_copy_of_the_clone_is_confirmed_late() {
     let pipeline = Pipeline::start().await;
     pipeline.confirm_late("haul.retry", Duration::from_mins(1));
-    pipeline.script("clone", [Script::Fail(ErrorClass::Network); 3]);
-    pipeline.publish(&clone_task("clone", 1)).await;
-    pipeline.saw("clone", Status::Retrying).await;
     // The clone has its turn until its copy is confirmed.
-    pipeline.publish(&task("pull", Kind::Pull, 1)).await;
-    pipeline.ends("clone", Status::Succeeded).await;
-    pipeline.ends("pull", Status::Succeeded).await;
-    assert_eq!(pipeline.executions("pull"), 1);
+    clone_in_retry(&pipeline, "clone", 1).await;
+    pull_behind_the_clone(&pipeline).await;
     pipeline.drained().await;
 }
 
@@ -298,17 +304,10 @@ async fn a_task_older_than_what_was_applied_is_superseded_however_it_was_delayed
 #[tokio::test(start_paused = true)]
 async fn later_tasks_wait_for_a_clone_in_retry_and_a_delete_ends_it() {
     let pipeline = Pipeline::start().await;
-    pipeline.script("clone", [Script::Fail(ErrorClass::Network); 3]);
-    pipeline.publish(&clone_task("clone", 1)).await;
-    pipeline.saw("clone", Status::Retrying).await;
-    pipeline.publish(&task("pull", Kind::Pull, 1)).await;
-    pipeline.ends("clone", Status::Succeeded).await;
-    pipeline.ends("pull", Status::Succeeded).await;
-    assert_eq!(pipeline.executions("pull"), 1);
+    clone_in_retry(&pipeline, "clone", 1).await;
+    pull_behind_the_clone(&pipeline).await;
 
-    pipeline.script("again", [Script::Fail(ErrorClass::Network); 3]);
-    pipeline.publish(&clone_task("again", 2)).await;
-    pipeline.saw("again", Status::Retrying).await;
+    clone_in_retry(&pipeline, "again", 2).await;
     pipeline.publish(&task("delete", Kind::Delete, 2)).await;
     pipeline.ends("delete", Status::Succeeded).await;
     pipeline.ends("again", Status::Superseded).await;

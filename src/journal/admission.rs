@@ -185,8 +185,7 @@ impl Entry {
                 && clone.place.is_older_than(ticket.place)
                 && clone.until.saturating_add(overdue).is_ok_and(|t| sighting.now < t)
         };
-        // A later clone or delete makes the waiting one pointless and need not wait for it.
-        if matches!(sighting.kind, Kind::Pull | Kind::Status) && clones.iter().any(|clone| waits_for(&clone)) {
+        if sighting.kind.needs_clone() && clones.iter().any(|clone| waits_for(&clone)) {
             return Admission::Behind(ticket);
         }
         Admission::Fresh(ticket)

@@ -172,6 +172,12 @@ impl Kind {
     pub const fn changes_project(self) -> bool {
         !matches!(self, Self::Status)
     }
+
+    /// Whether it waits for an earlier clone of its project: a later clone or delete makes that one pointless.
+    #[must_use]
+    pub const fn needs_clone(self) -> bool {
+        matches!(self, Self::Pull | Self::Status)
+    }
 }
 
 impl std::fmt::Display for Kind {

@@ -25,7 +25,7 @@ use crate::{
     failure::{ErrorClass, Failure},
     git::{Fence, Run},
     journal::{Admission, Entry, Ticket},
-    protocol::{Kind, Outcome, Place, Progress, TaskId},
+    protocol::{Outcome, Place, Progress, TaskId},
     retry::Next,
 };
 
@@ -196,7 +196,7 @@ impl Worker {
         sighting.not_before = None;
         let (now, round, project) = (sighting.now, sighting.round, sighting.project);
         let (boot, alone, turns) = (self.boot.clone(), self.caution.is_on(), self.turns.clone());
-        let needs_clone = matches!(arrival.task.kind(), Kind::Pull | Kind::Status);
+        let needs_clone = arrival.task.kind().needs_clone();
         let step = self.journal.step(&arrival.key.task_id, now, move |step| {
             sighting.next_arrival = step.next_arrival;
             let (admission, _) = step.page.admit(&sighting, &(step.clones)(project));

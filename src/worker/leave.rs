@@ -16,10 +16,8 @@ const SETTLING: Duration = Duration::from_secs(10);
 pub(super) enum Through {
     /// Its task has ended.
     Ended,
-    /// Its task goes on in a copy that asks for this attempt, which the broker has.
-    LetGo(u32),
-    /// A copy with a higher attempt was let go before it came.
-    Overtaken,
+    /// Its task goes on in a copy that asks for this attempt, or for a later one.
+    GoesOn(u32),
 }
 
 impl Worker {
@@ -31,18 +29,10 @@ impl Worker {
     pub(super) async fn acknowledge(&self, arrival: &Arrival, through: Through) {
         let key = &arrival.key;
         for (number, delivery) in self.active.leave(key).into_iter().enumerate() {
-            let attempt = CopyHeaders::read(&delivery.message.headers).attempt;
-            let goes_on = match through {
-                Through::Ended => false,
-                Through::LetGo(next) => attempt >= next,
-                Through::Overtaken => attempt > arrival.headers.attempt,
-            };
             // The first is the one that was handled.
-            let done = if goes_on && number > 0 {
-                Box::pin(settled(delivery.requeue())).await
-            } else {
-                settled(delivery.ack()).await
-            };
+            let copy = number > 0
+                && matches!(through, Through::GoesOn(next) if CopyHeaders::read(&delivery.message.headers).attempt >= next);
+            let done = if copy { Box::pin(settled(delivery.requeue())).await } else { settled(delivery.ack()).await };
             if !done {
                 tracing::debug!(task.id = %key.task_id, "the delivery's channel is gone; it comes again");
             }
