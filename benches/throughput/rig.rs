@@ -1,8 +1,10 @@
 //! The broker of a run and the master's side of it.
 
 use std::{
+    collections::BTreeSet,
     path::PathBuf,
     process::Command,
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -32,6 +34,8 @@ pub(crate) struct Rig {
     pub(crate) master: RabbitMq,
     pub(crate) channel: Channel,
     _connection: Connection,
+    /// Which other sides have queues here.
+    sides: Mutex<BTreeSet<&'static str>>,
 }
 
 impl Rig {
@@ -44,7 +48,7 @@ impl Rig {
         let topology = names.shared_topology(&names.master_event()).and(names.node_topology(&node));
         master.declare(&topology).await.expect("queues can be declared");
         let (connection, channel) = connect(&url).await;
-        Self { url, names, master, channel, _connection: connection }
+        Self { url, names, master, channel, _connection: connection, sides: Mutex::default() }
     }
 
     /// How an agent for it is started; `storage` below the scratch directory.
@@ -97,8 +101,25 @@ impl Rig {
 
     /// Counts and forgets the events that wait for the master.
     pub(crate) async fn take_events(&self) -> u32 {
-        let queue = self.names.master_event();
+        self.purge(&self.names.master_event()).await
+    }
+
+    /// Counts and forgets what is in a queue.
+    pub(crate) async fn purge(&self, queue: &str) -> u32 {
         self.channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await.expect("it is ours")
+    }
+
+    /// The queues of another side: its tasks, and what is told of them; empty, and the same in each round. RabbitMQ 3.10 may
+    /// break down where many queues are deleted in a short time.
+    pub(crate) async fn queues_of(&self, side: &'static str) -> [String; 2] {
+        let tasks = format!("{}.{side}", self.names.prefix());
+        let queues = [tasks.clone(), format!("{tasks}.told")];
+        for queue in &queues {
+            quorum_queue(&self.channel, queue).await;
+            self.purge(queue).await;
+        }
+        self.sides.lock().unwrap_or_else(PoisonError::into_inner).insert(side);
+        queues
     }
 
     /// Removes what this rig made.
@@ -107,7 +128,10 @@ impl Rig {
         let retries = haul::broker::topology::RETRY_DELAYS.map(|delay| names.retry(delay));
         let own = nodes.filter_map(|node| NodeName::new(node).ok());
         let own = own.flat_map(|node| [names.node(&node), names.control_node(&node)]);
-        for queue in [names.master_event(), names.dead()].into_iter().chain(retries).chain(own) {
+        let sides = self.sides.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter();
+        let sides =
+            sides.flat_map(|side| [format!("{}.{side}", names.prefix()), format!("{}.{side}.told", names.prefix())]);
+        for queue in [names.master_event(), names.dead()].into_iter().chain(retries).chain(own).chain(sides) {
             let _ = self.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
         }
         self.master.close().await;

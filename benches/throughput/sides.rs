@@ -9,7 +9,7 @@ use std::{
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use lapin::{
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeleteOptions},
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
     types::FieldTable,
 };
 
@@ -24,7 +24,7 @@ const STORY: [&str; 2] = ["bench.pull.started", "bench.pull.succeeded"];
 
 /// Consumes `expect` messages, publishes for each, and acknowledges each once that is confirmed: nothing else.
 ///
-/// It publishes one message to the queue `{queue}.out` or, where it is told of an exchange, the two that tell of a task
+/// It publishes one message to the queue `{queue}.told` or, where it is told of an exchange, the two that tell of a task
 /// there. It runs in a process of its own, as the agent does; its output is the time it took, from the first delivery to the
 /// last acknowledgement.
 pub(crate) fn be_bare(url: &str, queue: &str, events: Option<&str>, expect: u64) {
@@ -41,10 +41,10 @@ pub(crate) fn be_bare(url: &str, queue: &str, events: Option<&str>, expect: u64)
             .basic_consume(queue.into(), "bare".into(), options, FieldTable::default())
             .await
             .expect("it is ours");
-        let (out, body) = (format!("{queue}.out"), vec![b'x'; ANSWER]);
+        let (told, body) = (format!("{queue}.told"), vec![b'x'; ANSWER]);
         let (exchange, keys) = match events {
             Some(exchange) => (exchange, STORY.to_vec()),
-            None => ("", vec![out.as_str()]),
+            None => ("", vec![told.as_str()]),
         };
         let mut flying = FuturesUnordered::new();
         let (mut taken, mut begun) = (0, None);
@@ -76,10 +76,7 @@ pub(crate) fn be_bare(url: &str, queue: &str, events: Option<&str>, expect: u64)
 
 /// One round of the bare loop: messages a second. It `tells` the master's queue what Haul does, or publishes one message.
 pub(crate) async fn bare(rig: &rig::Rig, tasks: u64, tells: bool) -> f64 {
-    let queue = format!("{}.bare", rig.names.prefix());
-    let out = format!("{queue}.out");
-    rig::quorum_queue(&rig.channel, &queue).await;
-    rig::quorum_queue(&rig.channel, &out).await;
+    let [queue, told] = rig.queues_of("bare").await;
     rig::publish_all(&rig.channel, "", &queue, (0..tasks).map(|number| rig::task(number).1)).await;
     let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
     command.args(["--bare", &queue, "--url", &rig.url, "--expect", &tasks.to_string()]);
@@ -92,10 +89,7 @@ pub(crate) async fn bare(rig: &rig::Rig, tasks: u64, tells: bool) -> f64 {
     if tells {
         assert_eq!(u64::from(rig.take_events().await), 2 * tasks, "the bare loop told of every begin and end");
     } else {
-        assert_eq!(u64::from(rig.ready(&out).await), tasks, "the bare loop published one message for each");
-    }
-    for queue in [queue, out] {
-        let _ = rig.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
+        assert_eq!(u64::from(rig.purge(&told).await), tasks, "the bare loop published one message for each");
     }
     tasks as f64 / took * 1e9
 }
@@ -109,11 +103,7 @@ pub(crate) fn python() -> Option<PathBuf> {
 ///
 /// It `tells` a durable queue of the begin and the end of each, as its results backend over AMQP does it, or nobody.
 pub(crate) async fn celery(rig: &rig::Rig, python: &Path, tasks: u64, tells: bool, log: &Path) -> f64 {
-    let queue = format!("{}.celery", rig.names.prefix());
-    let results = format!("{queue}.results");
-    if tells {
-        rig::quorum_queue(&rig.channel, &results).await;
-    }
+    let [queue, results] = rig.queues_of(if tells { "celery-tells" } else { "celery" }).await;
     let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("benches/throughput/celery_side.py");
     let command = |role: &str| {
         let mut command = Command::new(python);
@@ -131,10 +121,8 @@ pub(crate) async fn celery(rig: &rig::Rig, python: &Path, tasks: u64, tells: boo
     let mut process = Lively::start(command("work"));
     let took: f64 = process.says("done").parse().expect("it is a number");
     process.end();
-    let _ = rig.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
     if tells {
-        assert_eq!(u64::from(rig.ready(&results).await), 2 * tasks, "Celery told of every begin and end");
-        let _ = rig.channel.queue_delete(results.into(), QueueDeleteOptions::default()).await;
+        assert_eq!(u64::from(rig.purge(&results).await), 2 * tasks, "Celery told of every begin and end");
     }
     tasks as f64 / took * 1e9
 }
