@@ -13,6 +13,9 @@
 
 #[path = "throughput/agent.rs"]
 mod agent;
+// As `haul` has it.
+#[path = "../src/main/allocator.rs"]
+mod allocator;
 #[path = "throughput/cases.rs"]
 mod cases;
 #[path = "throughput/disk.rs"]

@@ -37,4 +37,5 @@ install_packages() {
 need_rust() {
     command -v cargo >/dev/null 2>&1 || die "cargo is missing; install Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$repository/Cargo.toml") or newer (https://rustup.rs)"
     command -v cc >/dev/null 2>&1 || need cc gcc
+    need make make
 }

@@ -15,7 +15,6 @@ mod inbound;
 mod lane;
 mod link;
 mod looks;
-mod memory;
 mod news;
 mod request;
 mod session;
@@ -100,8 +99,6 @@ impl RabbitMq {
     /// When the settings cannot be used.
     #[expect(clippy::unused_async, reason = "it needs a running runtime, which a caller's await proves")]
     pub async fn connect(settings: &BrokerSettings, app: &str) -> Result<Self, BrokerError> {
-        #[cfg(target_env = "gnu")]
-        memory::map_buffers();
         let management = settings.management_url.is_some().then(|| Management::new(settings)).transpose()?;
         Ok(Self {
             looks: Looks::new(management),
