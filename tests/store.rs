@@ -65,7 +65,7 @@ async fn a_settled_task_is_remembered_with_its_debts(rows: impl Rows) {
     assert_eq!(journal.owing().await.unwrap().len(), 1);
     journal.step(&id, now(), |step| step.page.strike(0, Debt::DeadLetter, now())).await.unwrap();
     let Admission::Settled(entry) = admit(&journal, &id, Kind::Clone).await else { panic!("not settled") };
-    assert_eq!(entry.debts(), [(Debt::Event, envelope("event"))]);
+    assert_eq!(entry.debts(), [(Debt::Event, envelope("event").into())]);
     journal.step(&id, now(), |step| step.page.strike(0, Debt::Event, now())).await.unwrap();
     assert!(journal.owing().await.unwrap().is_empty());
     assert!(matches!(admit(&journal, &id, Kind::Clone).await, Admission::Settled(_)));

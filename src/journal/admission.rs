@@ -280,7 +280,7 @@ mod tests {
         assert_eq!(page.settle(0, Status::Failed, envelope(), Some(envelope())), Concluded::Now);
         let Admission::Settled(entry) = admit(&mut page, &sighting()) else { panic!("not settled") };
         assert_eq!(entry.debts().iter().map(|(debt, _)| *debt).collect::<Vec<_>>(), [Debt::DeadLetter, Debt::Event]);
-        assert_eq!(page.settle(0, Status::Succeeded, envelope(), None), Concluded::Before(Some(Box::new(envelope()))));
+        assert_eq!(page.settle(0, Status::Succeeded, envelope(), None), Concluded::Before(Some(envelope().into())));
     }
 
     #[test]
@@ -306,7 +306,7 @@ mod tests {
         page.put_off_history(0, 2, Some(at(3)));
         assert_eq!(page.round(0).unwrap().owes_history.unwrap().failures, 2);
         page.history_over(0, Some(envelope()));
-        assert_eq!(page.round(0).unwrap().debts(), [(Debt::History, envelope())]);
+        assert_eq!(page.round(0).unwrap().debts(), [(Debt::History, envelope().into())]);
         // Told once: what comes late changes nothing.
         page.history_over(0, None);
         page.strike(0, Debt::History, at(4));
@@ -491,7 +491,7 @@ mod tests {
         assert!(matches!(page.cancel(), CancelAnswer::Open(_)));
         assert!(!page.begin(1, 1, "b1", false), "a cancelled task must not begin");
         page.settle(1, Status::Cancelled, envelope(), None);
-        assert_eq!(page.cancel(), CancelAnswer::Settled(Some(Box::new(envelope()))));
+        assert_eq!(page.cancel(), CancelAnswer::Settled(Some(envelope().into())));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! One task's page in the journal.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -107,19 +109,19 @@ pub struct Entry {
     pub cancelled: bool,
     /// The terminal event, byte for byte, once settled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub event: Option<Envelope>,
+    pub event: Option<Arc<Envelope>>,
     /// Whether the broker has not confirmed the terminal event yet.
     #[serde(default)]
     pub owes_event: bool,
     /// The copy for the dead-letter queue, until the broker has confirmed it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub owes_dead_letter: Option<Envelope>,
+    pub owes_dead_letter: Option<Arc<Envelope>>,
     /// The history that is still to be attached. It is no debt to the broker, and is not paid by publishing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owes_history: Option<OwedHistory>,
     /// The event that tells what became of the history, until the broker has confirmed it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub owes_history_event: Option<Envelope>,
+    pub owes_history_event: Option<Arc<Envelope>>,
     /// Last sighting or acknowledgement.
     pub seen: Timestamp,
 }
@@ -148,7 +150,7 @@ pub enum Concluded {
     /// Settled now.
     Now,
     /// It was settled before, and this is its terminal event.
-    Before(Option<Box<Envelope>>),
+    Before(Option<Arc<Envelope>>),
 }
 
 /// What came of a cancel.
@@ -159,7 +161,7 @@ pub enum CancelAnswer {
     /// Open in this round, and marked: whoever holds it must end it; if nobody here does, it is settled at once.
     Open(Box<Entry>),
     /// Settled before, with this terminal event.
-    Settled(Option<Box<Envelope>>),
+    Settled(Option<Arc<Envelope>>),
 }
 
 impl Entry {
@@ -210,7 +212,7 @@ impl Entry {
 
     /// What is owed to the broker, in the order of payment.
     #[must_use]
-    pub fn debts(&self) -> Vec<(Debt, Envelope)> {
+    pub fn debts(&self) -> Vec<(Debt, Arc<Envelope>)> {
         let dead = self.owes_dead_letter.clone().map(|envelope| (Debt::DeadLetter, envelope));
         let event = self.event.clone().filter(|_| self.owes_event).map(|envelope| (Debt::Event, envelope));
         let history = self.owes_history_event.clone().map(|envelope| (Debt::History, envelope));
@@ -296,12 +298,12 @@ impl Page {
         match self.round_mut(round) {
             Some(entry) if entry.is_open() => {
                 entry.phase = Phase::Settled { status };
-                entry.event = Some(event);
+                entry.event = Some(Arc::new(event));
                 entry.owes_event = true;
-                entry.owes_dead_letter = dead;
+                entry.owes_dead_letter = dead.map(Arc::new);
                 Concluded::Now
             }
-            Some(entry) => Concluded::Before(entry.event.clone().map(Box::new)),
+            Some(entry) => Concluded::Before(entry.event.clone()),
             None => Concluded::Before(None),
         }
     }
@@ -337,7 +339,7 @@ impl Page {
         if let Some(entry) = self.round_mut(round)
             && entry.owes_history.take().is_some()
         {
-            entry.owes_history_event = event;
+            entry.owes_history_event = event.map(Arc::new);
         }
     }
 
@@ -352,7 +354,7 @@ impl Page {
                 entry.cancelled = true;
                 CancelAnswer::Open(Box::new(entry.clone()))
             }
-            Some(entry) => CancelAnswer::Settled(entry.event.clone().map(Box::new)),
+            Some(entry) => CancelAnswer::Settled(entry.event.clone()),
             None => CancelAnswer::Pending,
         }
     }

@@ -1,6 +1,6 @@
 //! Identities on the wire.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -24,15 +24,15 @@ pub fn new_event_id() -> EventId {
 ///
 /// 1–63 characters of `[A-Za-z0-9_-]`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "String")]
 #[schemars(extend("pattern" = "^[A-Za-z0-9_-]{1,63}$"))]
-pub struct NodeName(String);
+pub struct NodeName(Arc<str>);
 
 /// A task's identity, chosen by the master: 1–128 characters of `[A-Za-z0-9._:-]`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "String")]
 #[schemars(extend("pattern" = "^[A-Za-z0-9._:-]{1,128}$"))]
-pub struct TaskId(String);
+pub struct TaskId(Arc<str>);
 
 /// An identity that is not of its form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -56,7 +56,7 @@ impl NodeName {
         let fits = (1..=Self::LONGEST).contains(&name.len())
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
         if fits {
-            Ok(Self(name))
+            Ok(Self(name.into()))
         } else {
             Err(BadIdentity { what: "a node name", longest: Self::LONGEST, alphabet: "[A-Za-z0-9_-]" })
         }
@@ -82,7 +82,7 @@ impl TaskId {
         let fits = (1..=Self::LONGEST).contains(&id.len())
             && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b':' | b'-'));
         if fits {
-            Ok(Self(id))
+            Ok(Self(id.into()))
         } else {
             Err(BadIdentity { what: "a task_id", longest: Self::LONGEST, alphabet: "[A-Za-z0-9._:-]" })
         }
@@ -91,7 +91,7 @@ impl TaskId {
     /// A new identity (UUID version 7: sortable by time).
     #[must_use]
     pub fn random() -> Self {
-        Self(uuid::Uuid::now_v7().to_string())
+        Self(uuid::Uuid::now_v7().to_string().into())
     }
 
     /// The identity itself.
@@ -112,7 +112,7 @@ macro_rules! conversions {
         }
         impl From<$name> for String {
             fn from(value: $name) -> Self {
-                value.0
+                value.0.as_ref().to_owned()
             }
         }
         impl FromStr for $name {

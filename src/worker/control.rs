@@ -154,7 +154,7 @@ impl Worker {
             }
             CancelAnswer::Settled(event) => {
                 if let Some(event) = event {
-                    self.tell_again(*event);
+                    self.tell_again(event);
                 }
                 "settled"
             }

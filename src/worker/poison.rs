@@ -175,7 +175,7 @@ impl Worker {
         {
             letter.body = hidden;
         }
-        self.deliver(self.dead_envelope(letter), false).await
+        self.deliver(self.dead_envelope(letter).into(), false).await
     }
 }
 

@@ -51,7 +51,7 @@ impl Worker {
         arrival: &Arrival,
         ticket: Ticket,
         outcome: Outcome,
-    ) -> Result<Vec<(Debt, Envelope)>, Interrupted> {
+    ) -> Result<Vec<(Debt, Arc<Envelope>)>, Interrupted> {
         let project = self.executor.project(arrival.task.project).await;
         let event = self.reporter.terminal(&arrival.about(ticket, project), &outcome);
         let now = self.clock.now();
@@ -83,7 +83,7 @@ impl Worker {
     }
 
     /// Step 8: each debt is published until the broker has it, then struck off.
-    pub(super) async fn pay(self: &Arc<Self>, key: &Key, owed: Vec<(Debt, Envelope)>) -> Result<(), Interrupted> {
+    pub(super) async fn pay(self: &Arc<Self>, key: &Key, owed: Vec<(Debt, Arc<Envelope>)>) -> Result<(), Interrupted> {
         for (debt, envelope) in owed {
             self.deliver(envelope, debt != Debt::DeadLetter).await?;
             self.observer.reached(
@@ -157,7 +157,7 @@ impl Worker {
     }
 
     /// Pays what no delivery waits for. If the agent ends first, the next start pays.
-    pub(super) fn pay_in_background(self: &Arc<Self>, key: Key, owed: Vec<(Debt, Envelope)>) {
+    pub(super) fn pay_in_background(self: &Arc<Self>, key: Key, owed: Vec<(Debt, Arc<Envelope>)>) {
         let worker = self.clone();
         self.background.spawn(async move {
             if let Err(Interrupted::Journal(error)) = worker.pay(&key, owed).await {
@@ -167,7 +167,7 @@ impl Worker {
     }
 
     /// Tells a recorded terminal event again; nobody waits for it.
-    pub(super) fn tell_again(self: &Arc<Self>, event: Envelope) {
+    pub(super) fn tell_again(self: &Arc<Self>, event: Arc<Envelope>) {
         let worker = self.clone();
         self.background.spawn(async move {
             // A stop is the only thing that ends it early, and the event was confirmed once already.
@@ -192,7 +192,8 @@ impl Worker {
             self.reporter.retrying(&arrival.about(again.ticket, project), failure, due);
         }
         let exchange = self.settings.names.retry(holding);
-        self.deliver(Envelope { exchange, routing_key: self.settings.node.to_string(), message }, false).await?;
+        let copy = Envelope { exchange, routing_key: self.settings.node.to_string(), message };
+        self.deliver(copy.into(), false).await?;
         self.observer.reached(Step::CopyConfirmed, Some(&arrival.key.task_id));
         let (round, attempt, now) = (arrival.key.round, again.attempt, self.clock.now());
         // Where the broker's word came late, the copy is not overdue from the start.
@@ -225,7 +226,7 @@ impl Worker {
                 );
                 let copy = arrival.copy_of(owner, self.clock.now());
                 let message = copy.dead_letter(Some(&arrival.identity), &failure, 0, None);
-                self.deliver(self.dead_envelope(message), false).await
+                self.deliver(self.dead_envelope(message).into(), false).await
             }
             Err(error) => {
                 tracing::warn!(task.id = %arrival.key.task_id, error = %error, "could not be forwarded; given back");
@@ -249,7 +250,7 @@ impl Worker {
         let mut letter = copy.dead_letter(identity.as_ref(), &failure, 0, None);
         letter.body = without_secrets(&letter.body);
         let dead = self.dead_envelope(letter);
-        let Some(identity) = identity else { return self.deliver(dead, false).await };
+        let Some(identity) = identity else { return self.deliver(dead.into(), false).await };
         let digest = arrival::digest(message);
         let outcome = Outcome::Rejected(failure);
         let project = self.executor.project(identity.project_id).await;
@@ -278,7 +279,7 @@ impl Worker {
         match step.await? {
             Some(entry) => self.answer(&key, entry).await,
             // Its identity belongs to a task that is fine: only the letter tells of this one.
-            None => self.deliver(dead, false).await,
+            None => self.deliver(dead.into(), false).await,
         }
     }
 
@@ -291,7 +292,7 @@ impl Worker {
         self.reporter.send_answer(&answer);
         let copy = arrival.copy_of(&self.settings.node, self.clock.now());
         let message = copy.dead_letter(Some(&arrival.identity), &failure, 0, None);
-        self.deliver(self.dead_envelope(message), false).await
+        self.deliver(self.dead_envelope(message).into(), false).await
     }
 
     pub(super) fn dead_envelope(&self, message: Message) -> Envelope {
@@ -301,11 +302,11 @@ impl Worker {
     /// Publishes until the broker has it, however long that takes; only a stop ends it earlier.
     ///
     /// `terminal`: an event that no queue takes counts as delivered where the master has no queue.
-    pub(super) async fn deliver(&self, envelope: Envelope, terminal: bool) -> Result<(), Interrupted> {
+    pub(super) async fn deliver(&self, envelope: Arc<Envelope>, terminal: bool) -> Result<(), Interrupted> {
         let mut patience = PATIENCE;
         let mut counted = None;
         loop {
-            let Envelope { exchange, routing_key, message } = envelope.clone();
+            let Envelope { exchange, routing_key, message } = envelope.as_ref().clone();
             let publish = self.broker.publish(Outgoing { exchange, routing_key, message, mandatory: true });
             let published = tokio::select! {
                 published = publish => published,
