@@ -299,5 +299,8 @@ fn completions_are_a_script_that_bash_takes() {
 fn the_allocator_has_the_settings_of_the_program() {
     let mut haul = Command::new(env!("CARGO_BIN_EXE_haul"));
     haul.arg("--version").env("_RJEM_MALLOC_CONF", "stats_print:true");
-    run(haul).is(0, "opt.narenas: 2").is(0, "opt.dirty_decay_ms: 1000").is(0, "opt.muzzy_decay_ms: 0");
+    let ended = run(haul);
+    for set in ["narenas: 2", "dirty_decay_ms: 1000", "muzzy_decay_ms: 0", "oversize_threshold: 2097152"] {
+        ended.is(0, &format!("opt.{set}"));
+    }
 }
